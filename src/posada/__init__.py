@@ -1,0 +1,1 @@
+"""posada: the open hypervisor in Python."""

@@ -1,0 +1,1 @@
+"""Values: specs, states, capabilities, records. Frozen, validated, no I/O."""
