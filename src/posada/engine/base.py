@@ -1,8 +1,8 @@
 """The engine contract: what posada asks of whatever executes a machine.
 
-An engine runs machines; it knows nothing of names, databases, images or snapshots' trees. The host (`posada.host`) calls
-it with the vm's lock held, hands it files that exist, and records what it returns. Every method says what it MUST leave
-behind when it fails. Methods are coroutines; they may be cancelled at any await and clean up then as on failure.
+An engine runs machines; it knows nothing of names, databases, images or snapshots' trees. The host (`posada.host`)
+calls it with the vm's lock held, hands it files that exist, and records what it returns. Every method says what it MUST
+leave behind when it fails. Methods are coroutines; they may be cancelled at any await and clean up then as on failure.
 
 The call order of one machine's life::
 
@@ -119,7 +119,7 @@ CONSOLE_LOG_MAX = 1 << 20
 
 
 class Probe(msgspec.Struct, frozen=True, kw_only=True):
-    """What ``posada doctor`` prints of an engine. ``ok``: it can run machines here. ``detail`` is measured, not guessed."""
+    """What ``posada doctor`` prints of an engine. ``ok``: it runs machines here. ``detail`` is measured, not guessed."""
 
     engine: str
     ok: bool
@@ -147,7 +147,7 @@ class Runner(Protocol):
         """
 
     def status(self, running: Running) -> Status:
-        """Is it alive, and is that the same process? Reads /proc and the exit record only: microseconds, no I/O with it."""
+        """Is it alive, and is that the same process? Reads /proc and the exit record only: microseconds."""
 
     async def wait(self, running: Running, timeout: float | None = None) -> Status:
         """Wait until its process has ended. Works in any process, not only the one that started it. Raises Timeout."""
@@ -162,13 +162,13 @@ class Runner(Protocol):
         """Ask the guest to power off (ACPI). Returns when asked, not when done."""
 
     async def kill(self, running: Running) -> None:
-        """End it now. Idempotent; returns when its process is gone, even when it is hung (SIGSTOP) or its sockets do not answer."""
+        """End it now. Idempotent; returns when its process is gone, even a hung one (SIGSTOP, sockets that are mute)."""
 
     def reap(self, launch_runtime: Path) -> None:
         """Remove what a dead machine left in its runtime directory. Idempotent. Never kills."""
 
     def agent_channels(self, running: Running) -> Sequence[Path]:
-        """Unix sockets, each a byte channel to the guest's agent. One client at a time each: take ``<path>.lock`` first."""
+        """Unix sockets, byte channels to the guest's agent. One client at a time each: take ``<path>.lock`` first."""
 
     def console(self, running: Running) -> Path:
         """Unix socket of the serial console, any number of clients; each first receives recent output."""
@@ -180,17 +180,19 @@ class Capturer(Protocol):
     """An engine that claims SNAPSHOT_FULL, RESTORE, FORK or FORK_SNAPSHOT."""
 
     async def capture(self, running: Running, target: Path, layers: Sequence[NewLayer]) -> Capture:
-        """Save memory and devices into ``target`` (an empty directory) and switch each disk to its new layer, inside one pause.
+        """Save memory and devices into ``target`` (an empty directory) and switch disks to new layers, inside one pause.
 
         A running machine runs again when this returns or raises; a paused one stays paused. The files are durable
-        (fsync) when it returns. On failure the machine is as it was, on its old layers or, if they were switched already,
-        on the new ones; `CaptureFailed.switched` tells which.
+        (fsync) when it returns. On failure the machine is as it was, on its old layers or, if they were switched
+        already, on the new ones; `CaptureFailed.switched` tells which.
         """
 
     async def switch(self, running: Running, layers: Sequence[NewLayer]) -> float:
-        """Switch disks to new layers in one pause, without memory (disks-only snapshot). Returns the pause in seconds."""
+        """Switch disks to new layers in one pause, without memory (disks-only snapshot). Returns the pause, seconds."""
 
-    async def restore(self, launches: Sequence[Launch], snapshot: SnapshotFiles, *, paused: bool = False) -> Sequence[Running | Exception]:
+    async def restore(
+        self, launches: Sequence[Launch], snapshot: SnapshotFiles, *, paused: bool = False
+    ) -> Sequence[Running | Exception]:
         """Start one machine per launch from a snapshot, memory shared copy-on-write among them.
 
         No vm's process runs on these uuids when it is called. Each outcome stands alone, as in `start`.
@@ -200,13 +202,13 @@ class Capturer(Protocol):
         """New machines from a running one, memory shared copy-on-write, disks and memory from the same pause.
 
         ``layers`` is what the *source* switches to; the children's own layers are in their launches.
-        No child may ever see a later write of the source, nor the source one of a child, in memory or on disk. Connections
-        of the source survive. The source runs again (or stays paused) when this returns or raises.
+        No child may ever see a later write of the source, nor the source one of a child, in memory or on disk.
+        Connections of the source survive. The source runs again (or stays paused) when this returns or raises.
         """
 
 
 class CaptureFailed(Exception):
-    """Raised by `Capturer` methods from the underlying error; ``switched`` names the disks that are on their new layers."""
+    """Raised by `Capturer` methods from the underlying error; ``switched`` names the disks on their new layers."""
 
     def __init__(self, message: str, *, switched: Sequence[str]) -> None:
         super().__init__(message)
@@ -235,7 +237,7 @@ class Tuner(Protocol):
 
 
 class Engine(Runner, Capturer, Tuner, Protocol):
-    """All of it. An engine that lacks a part raises Unsupported from `Capabilities.require`, before anything is done."""
+    """All of it. An engine that lacks a part raises Unsupported (`Capabilities.require`) before anything is done."""
 
 
 def registry() -> Mapping[str, str]:

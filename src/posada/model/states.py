@@ -12,8 +12,8 @@
                             │  └─ start
                  crashed ───┘ (the guest panicked or the engine died; disks are kept)
 
-A vm is ``running`` once its vcpus run; *ready* (the agent answered) is a moment, not a state. ``deleting`` can follow any
-state and is followed by nothing: whoever opens the state next finishes the deletion.
+A vm is ``running`` once its vcpus run; *ready* (the agent answered) is a moment, not a state. ``deleting`` can follow
+any state and is followed by nothing: whoever opens the state next finishes the deletion.
 """
 
 from __future__ import annotations
@@ -42,9 +42,15 @@ class State(str, enum.Enum):
 #: The one table. A change of state that is not here is a bug and is refused.
 TRANSITIONS: dict[State, frozenset[State]] = {
     State.CREATED: frozenset({State.STARTING, State.DELETING}),
-    State.STARTING: frozenset({State.RUNNING, State.PAUSED, State.STOPPED, State.CRASHED, State.CREATED, State.DELETING}),
-    State.RUNNING: frozenset({State.PAUSED, State.STOPPING, State.STOPPED, State.CRASHED, State.STARTING, State.DELETING}),
-    State.PAUSED: frozenset({State.RUNNING, State.STOPPING, State.STOPPED, State.CRASHED, State.STARTING, State.DELETING}),
+    State.STARTING: frozenset(
+        {State.RUNNING, State.PAUSED, State.STOPPED, State.CRASHED, State.CREATED, State.DELETING}
+    ),
+    State.RUNNING: frozenset(
+        {State.PAUSED, State.STOPPING, State.STOPPED, State.CRASHED, State.STARTING, State.DELETING}
+    ),
+    State.PAUSED: frozenset(
+        {State.RUNNING, State.STOPPING, State.STOPPED, State.CRASHED, State.STARTING, State.DELETING}
+    ),
     State.STOPPING: frozenset({State.STOPPED, State.RUNNING, State.CRASHED, State.DELETING}),
     State.STOPPED: frozenset({State.STARTING, State.DELETING}),
     State.CRASHED: frozenset({State.STARTING, State.STOPPED, State.DELETING}),

@@ -1,0 +1,45 @@
+# Everything starts from nothing: each target first installs what is missing (scripts/bootstrap).
+PY := .venv/bin/python
+
+# What a run keeps for the next one: images, mostly. Safe to delete.
+CACHE := .cache
+
+.PHONY: demo test unit e2e lint format bench docs clean help
+
+help:  ## list the targets
+	@sed -n 's/^\([a-z0-9]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST)
+
+demo:  ## build a Debian guest; run, snapshot, fork, restore it; say how long each step took
+	@scripts/bootstrap
+	@$(PY) scripts/demo.py
+
+test: lint  ## lint, then every test
+	$(PY) -m pytest $(PYTEST_ARGS)
+
+unit:  ## the tests that start no guest; seconds
+	@scripts/bootstrap dev
+	$(PY) -m pytest -m "not guest" $(PYTEST_ARGS)
+
+e2e:  ## the tests on real guests
+	@scripts/bootstrap dev
+	$(PY) -m pytest -m guest $(PYTEST_ARGS)
+
+lint:  ## style, types, layers, file rules, generated files
+	@scripts/bootstrap dev
+	@PY=$(PY) scripts/lint
+
+format:  ## apply the style
+	@scripts/bootstrap dev
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+bench:  ## measure, beside the peers that are installed, into docs/BENCH.md (BENCH_ARGS=--quick for a taste)
+	@scripts/bootstrap
+	$(PY) bench/run.py $(BENCH_ARGS)
+
+docs:  ## regenerate what is generated (schema), then check links and paths
+	@scripts/bootstrap dev
+	$(PY) scripts/docs.py
+
+clean:  ## remove what make made, images included
+	rm -rf .venv $(CACHE) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache dist build
