@@ -167,6 +167,14 @@ class Runner(Protocol):
     def reap(self, launch_runtime: Path) -> None:
         """Remove what a dead machine left in its runtime directory. Idempotent. Never kills."""
 
+    async def abandon(self, launch_runtime: Path) -> None:
+        """End whatever an interrupted start, restore or fork of this runtime directory left running, then `reap` it.
+
+        Recovery calls it when no `Running` was recorded: the process that called `start` died before it returned. The
+        engine finds its own pid record (pid + start time) there; a monitor that was not recorded yet MUST end by
+        itself when its starter dies. Idempotent; does nothing for a directory that is empty or gone.
+        """
+
     def agent_channels(self, running: Running) -> Sequence[Path]:
         """Unix sockets, byte channels to the guest's agent. One client at a time each: take ``<path>.lock`` first."""
 
