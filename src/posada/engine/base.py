@@ -119,7 +119,7 @@ CONSOLE_LOG_MAX = 1 << 20
 
 
 class Probe(msgspec.Struct, frozen=True, kw_only=True):
-    """What ``posada doctor`` prints of an engine. ``ok``: it runs machines here. ``detail`` is measured, not guessed."""
+    """What ``posada doctor`` prints of an engine. ``ok``: it runs machines here; ``detail`` is measured."""
 
     engine: str
     ok: bool
@@ -162,7 +162,7 @@ class Runner(Protocol):
         """Ask the guest to power off (ACPI). Returns when asked, not when done."""
 
     async def kill(self, running: Running) -> None:
-        """End it now. Idempotent; returns when its process is gone, even a hung one (SIGSTOP, sockets that are mute)."""
+        """End it now. Idempotent; returns when its process is gone, even a hung one (SIGSTOP, mute sockets)."""
 
     def reap(self, launch_runtime: Path) -> None:
         """Remove what a dead machine left in its runtime directory. Idempotent. Never kills."""
@@ -174,6 +174,9 @@ class Runner(Protocol):
         engine finds its own pid record (pid + start time) there; a monitor that was not recorded yet MUST end by
         itself when its starter dies. Idempotent; does nothing for a directory that is empty or gone.
         """
+
+    async def disown(self, running: Running) -> None:
+        """The machine no longer dies with `Launch.owner`. Idempotent."""
 
     def agent_channels(self, running: Running) -> Sequence[Path]:
         """Unix sockets, byte channels to the guest's agent. One client at a time each: take ``<path>.lock`` first."""
@@ -188,7 +191,7 @@ class Capturer(Protocol):
     """An engine that claims SNAPSHOT_FULL, RESTORE, FORK or FORK_SNAPSHOT."""
 
     async def capture(self, running: Running, target: Path, layers: Sequence[NewLayer]) -> Capture:
-        """Save memory and devices into ``target`` (an empty directory) and switch disks to new layers, inside one pause.
+        """Save memory and devices into ``target`` (an empty directory) and switch disks to new layers, in one pause.
 
         A running machine runs again when this returns or raises; a paused one stays paused. The files are durable
         (fsync) when it returns. On failure the machine is as it was, on its old layers or, if they were switched
