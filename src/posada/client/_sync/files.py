@@ -1,0 +1,90 @@
+# Generated from _async/files.py by scripts/unasync.py: edit that file, then run `python scripts/unasync.py`.
+"""Files in a guest."""
+
+from __future__ import annotations
+
+import builtins
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from posada.client._core import Core
+from posada.client._runtime import SyncRuntime
+from posada.errors import GuestError
+
+if TYPE_CHECKING:
+    from posada.guest.client import GuestClient
+    from posada.model.files import DirEntry, FileInfo, Transfer
+
+
+class Files:
+    """``vm.files``. Paths in the guest are absolute text; all of it runs as root there.
+
+    Everything raises GuestError (its ``errno_name`` such as ``"ENOENT"``), GuestGone, and InvalidState unless the
+    machine runs.
+    """
+
+    def __init__(self, rt: SyncRuntime, core: Core, uuid: str) -> None:
+        self._rt = rt
+        self._vms = core.host.vms
+        self._uuid = uuid
+
+    def _guest(self) -> GuestClient:
+        return self._rt.run(self._vms.guest(self._uuid))
+
+    def read_bytes(self, path: str) -> bytes:
+        """The whole file."""
+        return self._rt.run((self._guest()).read_file(path))
+
+    def read_text(self, path: str, *, encoding: str = "utf-8", errors: str = "strict") -> str:
+        """The whole file as text."""
+        return (self.read_bytes(path)).decode(encoding, errors)
+
+    def write(self, path: str, data: str | bytes, *, mode: int | None = None, parents: bool = False) -> None:
+        """Write the whole file, atomically. ``mode`` such as 0o600; ``parents`` makes missing directories."""
+        content = data.encode() if isinstance(data, str) else data
+        self._rt.run((self._guest()).write_file(path, content, mode=mode, mkdir=parents))
+
+    def upload(self, local: Path | str, remote: str) -> Transfer:
+        """Copy a file or a whole directory into the guest.
+
+        ``remote`` is the path of the copy; if it is a directory there (or ends in ``/``), the copy goes into it.
+        """
+        return self._rt.run((self._guest()).upload(Path(local), remote))
+
+    def download(self, remote: str, local: Path | str) -> Transfer:
+        """Copy a file or a whole directory out of the guest.
+
+        ``local`` is the path of the copy; if it is a directory (or ends in ``/``), the copy goes into it. What a
+        hostile guest could do harm with (devices, links that point out of the tree) is left out and named.
+        """
+        return self._rt.run((self._guest()).download(remote, Path(local)))
+
+    def list(self, path: str) -> builtins.list[DirEntry]:
+        """What is in a directory, by name."""
+        return self._rt.run((self._guest()).list_dir(path))
+
+    def stat(self, path: str) -> FileInfo:
+        """Type, size, mode, owner and time of a file."""
+        return self._rt.run((self._guest()).stat(path))
+
+    def exists(self, path: str) -> bool:
+        """Whether there is something of that name."""
+        try:
+            self.stat(path)
+        except GuestError as error:
+            if error.errno_name in ("ENOENT", "ENOTDIR"):
+                return False
+            raise
+        return True
+
+    def mkdir(self, path: str, *, mode: int = 0o755, parents: bool = False) -> None:
+        """Make a directory; with ``parents`` also what is missing above it, and it may be there already."""
+        self._rt.run((self._guest()).mkdir(path, mode=mode, parents=parents))
+
+    def remove(self, path: str, *, recursive: bool = False) -> None:
+        """Remove a file, or with ``recursive`` a directory and all that is in it."""
+        self._rt.run((self._guest()).remove(path, recursive=recursive))
+
+    def rename(self, old: str, new: str) -> None:
+        """Move within the guest."""
+        self._rt.run((self._guest()).rename(old, new))
