@@ -1,0 +1,65 @@
+# mmdebstrap's customize hook: $1 is the tree. Runs as the root of mmdebstrap's namespace, outside the tree.
+# Adds the kernel's modules, makes the tree anonymous, and writes it to a disk. Each "I: posada:" line is progress.
+set -eu
+root=$1
+work=$root/tmp/posada
+mkdir "$work"
+
+echo "I: posada: kernel" >&2
+cd "$work"
+export APT_CONFIG="$MMDEBSTRAP_APT_CONFIG"
+# The plain name is a meta-package; what it depends on is the kernel.
+package=$(apt-cache depends --important "$POSADA_KERNEL_PACKAGE" | sed -n 's/^ *Depends: \(linux-image-[^ ]*\)$/\1/p' | head -n 1)
+apt-get --quiet download "${package:?no kernel in this release}" >&2
+unset APT_CONFIG
+
+echo "I: posada: modules" >&2
+dpkg-deb --extract ./*.deb kernel
+version=$(cd kernel/boot && echo vmlinuz-*)
+version=${version#vmlinuz-}
+cat "kernel/boot/vmlinuz-$version" > "$POSADA_KERNEL"
+for base in kernel/lib/modules kernel/usr/lib/modules; do
+    if [ -d "$base/$version" ]; then
+        mkdir -p "$root/lib/modules"
+        mv "$base/$version" "$root/lib/modules/"
+    fi
+done
+cd /
+rm -rf "$work"
+chroot "$root" depmod "$version"
+tar --create --file="$POSADA_MODULES" --directory="$root/lib/modules/$version" --sort=name .
+
+# A tree that many machines will be: nothing of this host, no identity, no leftovers of the installation.
+if [ -e "$root/sbin/start-stop-daemon.REAL" ]; then
+    mv "$root/sbin/start-stop-daemon.REAL" "$root/sbin/start-stop-daemon"
+fi
+rm -rf "$root/usr/sbin/policy-rc.d" "$root"/etc/apt/apt.conf.d/??mmdebstrap \
+    "$root"/var/lib/apt/lists/* "$root"/var/cache/apt/*.bin "$root"/var/cache/apt/archives/*.deb \
+    "$root/var/cache/ldconfig/aux-cache" "$root"/var/cache/debconf/*-old "$root"/etc/*- \
+    "$root"/var/log/*.log "$root"/var/log/apt/* "$root/var/lib/dbus/machine-id" "$root/var/lib/systemd/random-seed" \
+    "$root"/etc/ssh/ssh_host_*_key* "$root/etc/resolv.conf"
+: > "$root/etc/machine-id"
+echo posada > "$root/etc/hostname"
+printf '127.0.0.1\tlocalhost\n127.0.1.1\tposada\n::1\tlocalhost ip6-localhost ip6-loopback\n' > "$root/etc/hosts"
+if [ -n "$POSADA_APT_CONF" ]; then
+    printf '%s' "$POSADA_APT_CONF" > "$root/etc/apt/apt.conf.d/90posada"
+fi
+
+echo "I: posada: disk" >&2
+# The features are named, and the host's mke2fs.conf ignored, so that the disk does not depend on the host's e2fsprogs and
+# mounts in kernels since 4.4. Inode tables are holes of a sparse file: zero already, so that no guest spends its first minutes
+# zeroing them. No reserved blocks, and a small journal: it is dirtied from end to end in every overlay.
+cat > "$root/tmp/mke2fs.sh" <<'SCRIPT'
+set -eu
+MKE2FS_CONFIG=/dev/null "$POSADA_MKE2FS" -q -F -t ext4 -b 4096 -I 256 -i 16384 -m 0 -J size=16 \
+    -O none,has_journal,ext_attr,resize_inode,dir_index,filetype,extent,64bit,flex_bg,sparse_super,large_file,huge_file,dir_nlink,extra_isize,metadata_csum \
+    -E "lazy_itable_init=0,root_owner=0:0,hash_seed=$POSADA_UUID" -U "$POSADA_UUID" -L root -d "$1" "$POSADA_DISK"
+SCRIPT
+# A bind mount that is not recursive shows the tree without the proc, sys and dev that are mounted in it now.
+unshare --mount sh -euc '
+    script=$(cat "$1/tmp/mke2fs.sh")
+    rm -rf "$1/tmp/mke2fs.sh"
+    mount --bind "$1" "$1/mnt"
+    find "$1/mnt/run" "$1/mnt/tmp" -mindepth 1 -maxdepth 1 ! -name lock -exec rm -rf {} +
+    sh -euc "$script" mke2fs "$1/mnt"
+' sh "$root" >&2

@@ -1,0 +1,126 @@
+"""Kernel modules: which ones a guest loads before its root is there, and in which order.
+
+Dependencies come from ``modules.dep`` where depmod has made one (depmod(8)), else from the ``depends=`` entries each
+module carries in its ``.modinfo`` section, which is what depmod reads itself; so a kernel package that was only unpacked will do.
+"""
+
+from __future__ import annotations
+
+import gzip
+import importlib
+import lzma
+import struct
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import PurePosixPath
+from typing import Any
+
+from posada.errors import ImageError
+
+#: What every boot needs. Console and disk come first: the agent answers, and the root is mounted, while the rest loads.
+BOOT = ("virtio_pci", "virtio_console", "virtio_blk", "virtio_net", "virtio_rng", "virtio_balloon")
+
+MAX_MODULE = 64 << 20
+_SUFFIXES = ("", ".xz", ".gz", ".zst")
+
+
+def module_name(path: str) -> str:
+    """``kernel/drivers/net/virtio-net.ko.xz`` → ``virtio_net``: names use underscores whatever the file is called."""
+    return PurePosixPath(path).name.split(".ko", 1)[0].replace("-", "_")
+
+
+def is_module(path: str) -> bool:
+    return any(path.endswith(".ko" + suffix) for suffix in _SUFFIXES)
+
+
+def load_order(wanted: Sequence[str], depends: Callable[[str], Sequence[str] | None]) -> list[str]:
+    """Module names so that each comes after those it depends on; ``depends`` returns None for one that is built in."""
+    order: list[str] = []
+    visiting: set[str] = set()
+
+    def visit(name: str) -> None:
+        if name in order or name in visiting:
+            return
+        needs = depends(name)
+        if needs is None:
+            return
+        visiting.add(name)
+        for need in needs:
+            visit(need)
+        order.append(name)
+
+    for name in wanted:
+        visit(name)
+    return order
+
+
+def parse_modules_dep(text: str) -> dict[str, list[str]]:
+    """``modules.dep`` as {module name: names it depends on}."""
+    out = {}
+    for line in text.splitlines():
+        path, colon, rest = line.partition(":")
+        if colon:
+            out[module_name(path)] = [module_name(p) for p in rest.split()]
+    return out
+
+
+def boot_modules(
+    files: Mapping[str, Callable[[], bytes]], *, wanted: Sequence[str] = BOOT, dep: str = ""
+) -> list[tuple[str, bytes]]:
+    """(file name, uncompressed ELF) of the wanted modules and what they need, in load order.
+
+    ``files`` maps paths below ``/lib/modules/VERSION`` to what reads them; ``dep`` is the text of ``modules.dep`` or
+    empty. A wanted module that is not there is taken to be built into the kernel. Raises ImageError for a corrupt one.
+    """
+    paths = {module_name(path): path for path in files if is_module(path)}
+    listed = parse_modules_dep(dep)
+    contents: dict[str, bytes] = {}
+
+    def depends(name: str) -> Sequence[str] | None:
+        if name not in paths:
+            return None
+        contents[name] = decompress_module(files[paths[name]](), paths[name])
+        return listed[name] if name in listed else modinfo_depends(contents[name])
+
+    return [(f"{name}.ko", contents[name]) for name in load_order(wanted, depends)]
+
+
+def decompress_module(data: bytes, path: str) -> bytes:
+    """The ELF inside a ``.ko``, ``.ko.xz``, ``.ko.gz`` or ``.ko.zst``. Raises ImageError."""
+    try:
+        if path.endswith(".xz"):
+            data = lzma.LZMADecompressor().decompress(data, MAX_MODULE)
+        elif path.endswith(".gz"):
+            data = gzip.decompress(data)
+        elif path.endswith(".zst"):
+            zstandard: Any = importlib.import_module("zstandard")
+            data = zstandard.ZstdDecompressor().decompress(data, max_output_size=MAX_MODULE)
+    except ImportError:
+        raise ImageError(f"{path} is compressed with zstd", hint="pip install zstandard") from None
+    except (lzma.LZMAError, zlib.error, OSError, EOFError) as error:
+        raise ImageError(f"{path} is corrupt: {error}") from error
+    if data[:4] != b"\x7fELF":
+        raise ImageError(f"{path} is not a kernel module")
+    return data
+
+
+def modinfo_depends(elf: bytes) -> list[str]:
+    """The ``depends=`` entry of a module's ``.modinfo`` section (ELF64, little-endian). Raises ImageError."""
+    try:
+        (sections,) = struct.unpack_from("<Q", elf, 40)
+        size, count, names_index = struct.unpack_from("<HHH", elf, 58)
+
+        def section(index: int) -> tuple[int, bytes]:
+            name, _, _, _, offset, length = struct.unpack_from("<IIQQQQ", elf, sections + index * size)
+            return name, elf[offset : offset + length]
+
+        names = section(names_index)[1]
+        for i in range(count):
+            name, data = section(i)
+            if names[name : name + 9] == b".modinfo\0":
+                for entry in data.split(b"\0"):
+                    if entry.startswith(b"depends="):
+                        return [d.replace("-", "_") for d in entry[8:].decode("ascii", "replace").split(",") if d]
+    except (struct.error, IndexError) as error:
+        raise ImageError(f"a kernel module is corrupt: {error}") from error
+    return []
