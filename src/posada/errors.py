@@ -19,6 +19,7 @@
      ├─ ImageError (ValueError)           an image or disk is corrupt, refused or lying
      ├─ GuestError                        the guest's agent refused or failed
      │   ├─ GuestGone (ConnectionError)   the guest or its agent is gone
+     │   ├─ StreamClosed (BrokenPipeError) written to what reads no more
      │   ├─ CommandError                  a command ended with a non-zero status (check=True)
      │   └─ ProtocolError                 the guest sent what the protocol forbids
      └─ ForkError                         some children failed; ``.vms`` holds the survivors
@@ -161,6 +162,10 @@ class GuestError(PosadaError):
 
 class GuestGone(GuestError, ConnectionError):
     """The guest, or the agent in it, is gone."""
+
+
+class StreamClosed(GuestError, BrokenPipeError):
+    """Written to a command, file or connection in a guest that has ended, and reads no more."""
 
 
 class ProtocolError(GuestError):
