@@ -111,10 +111,6 @@ class GuestProcess:
 
     async def close(self) -> None:
         """Let go of it; what still runs is hung up. Idempotent."""
-        self.abandon()
-
-    def abandon(self) -> None:
-        """As `close`."""
         if self._stream.exit is None:
             self._stream.close()
 
@@ -124,7 +120,7 @@ class GuestProcess:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.abandon()
+        await self.close()
 
 
 def _result(ended: events.Exit, stdout: bytes, stderr: bytes) -> ExecResult:

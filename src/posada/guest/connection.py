@@ -14,7 +14,7 @@ class GuestSocket:
         self._stream = stream
 
     async def read(self) -> bytes:
-        """What came, at least one byte; empty when the server has closed its direction. Raises GuestError, GuestGone."""
+        """What came; empty once the server has closed its direction. Raises GuestError, GuestGone."""
         piece = await self._stream.receive()
         return b"" if piece is None else piece[1]
 
