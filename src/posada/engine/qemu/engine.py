@@ -1,0 +1,133 @@
+"""The qemu engine: one jailed QEMU per machine, each beside its keeper. The contract is `posada.engine.base`."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+from collections.abc import Sequence
+from pathlib import Path
+
+from posada.engine.base import Launch, Probe, Status, Usage
+from posada.engine.qemu import cgroups, machine, probe, process
+from posada.engine.qemu.files import clear
+from posada.engine.qemu.layout import AGENT_PORTS, read_layout
+from posada.engine.qemu.machine import NAME, Machine
+from posada.errors import HostError
+from posada.model.capabilities import Capabilities, Feature, Verdict
+from posada.model.machine import MAX_CPUS, MAX_MEMORY
+from posada.model.records import Running
+
+#: Seconds for a keeper to write the exit record after QEMU has ended; it takes 10 ms.
+_KEEPER_GRACE = 5.0
+
+
+class QemuEngine:
+    """Implements `posada.engine.base.Engine`. ``paths_runtime`` is where the probe's answer is kept."""
+
+    name = NAME
+
+    def __init__(self, paths_runtime: Path | None = None) -> None:
+        self._paths_runtime = paths_runtime
+        self._facts: probe.Facts | None = None
+
+    def facts(self) -> probe.Facts:
+        """What was measured of this host. Raises HostError when there is no usable QEMU."""
+        if self._facts is None:
+            self._facts = probe.facts(self._paths_runtime)
+        return self._facts
+
+    def probe(self) -> Probe:
+        try:
+            facts = self.facts()
+        except HostError as error:
+            return Probe(engine=NAME, ok=False, detail=error.message, hint=error.hint)
+        detail = f"QEMU {facts.version} with {facts.accelerator.upper()}; {facts.kvm}"
+        values = {"version": facts.version, "accelerator": facts.accelerator, "kvm_rate": facts.kvm_rate}
+        return Probe(engine=NAME, ok=True, detail=detail, facts=values | {"binary": facts.binary})
+
+    def capabilities(self) -> Capabilities:
+        facts = self.facts()
+        yes = Verdict(True)
+        denied = {
+            Feature.UEFI: Verdict(False, hint="use firmware: direct or bios"),
+            Feature.CLOUD_INIT: Verdict(False, hint="set the guest up through exec"),
+            Feature.AARCH64: Verdict(False, hint="use arch: x86_64"),
+        }
+        return Capabilities(
+            engine=NAME,
+            accelerator=facts.accelerator,
+            version=facts.version,
+            features={feature: denied.get(feature, yes) for feature in Feature},
+            max_cpus=MAX_CPUS,
+            max_memory=MAX_MEMORY,
+        )
+
+    async def start(self, launch: Launch) -> Running:
+        return await machine.start(launch, self.facts())
+
+    def find(self, runtime: Path) -> Running | None:
+        """The machine that lives in a runtime directory, whether or not its start was ever recorded; None if none does."""
+        running = machine.read_running(runtime)
+        return running if running is not None and process.alive(running.process) else None
+
+    def status(self, running: Running) -> Status:
+        return process.status_of(running.process, Path(running.runtime))
+
+    async def wait(self, running: Running, timeout: float | None = None) -> Status:
+        await process.ended(running.process, timeout)
+        if running.keeper is not None:
+            with contextlib.suppress(TimeoutError):
+                await process.ended(running.keeper, _KEEPER_GRACE)
+        return self.status(running)
+
+    async def pause(self, running: Running) -> None:
+        handle = Machine(running)
+        async with handle.session() as session:
+            await session.execute("stop")
+        (handle.runtime / "paused").touch(0o600)
+
+    async def resume(self, running: Running) -> None:
+        handle = Machine(running)
+        async with handle.session() as session:
+            await session.execute("cont")
+        (handle.runtime / "paused").unlink(missing_ok=True)
+
+    async def powerdown(self, running: Running) -> None:
+        async with Machine(running).session() as session:
+            await session.execute("system_powerdown")
+
+    async def kill(self, running: Running) -> None:
+        with contextlib.suppress(OSError):
+            (Path(running.runtime) / "kill").touch(0o600)  # tells the keeper that this end was asked for
+        process.send(running.process, signal.SIGKILL)
+        await self.wait(running, timeout=30)
+
+    def reap(self, launch_runtime: Path) -> None:
+        clear(launch_runtime)
+        cgroups.remove(launch_runtime.name)
+
+    def agent_channels(self, running: Running) -> Sequence[Path]:
+        ports = AGENT_PORTS if read_layout(running.private).agent else 0
+        return [Path(running.runtime) / f"agent{i}.sock" for i in range(ports)]
+
+    def console(self, running: Running) -> Path:
+        return Path(running.runtime) / "console.sock"
+
+    def usage(self, running: Running) -> Usage:
+        try:
+            fields = process.stat_fields(running.process.pid)
+        except OSError:
+            return Usage(cpu_seconds=0.0, rss=0)
+        ticks = os.sysconf("SC_CLK_TCK")
+        seconds = (int(fields[11]) + int(fields[12])) / ticks
+        return Usage(cpu_seconds=seconds, rss=int(fields[21]) * os.sysconf("SC_PAGE_SIZE"), pss=_pss(running.process.pid))
+
+
+def _pss(pid: int) -> int | None:
+    """Bytes, each shared page counted in parts; None where the kernel does not tell us."""
+    with contextlib.suppress(OSError), open(f"/proc/{pid}/smaps_rollup") as file:
+        for line in file:
+            if line.startswith("Pss:"):
+                return int(line.split()[1]) << 10
+    return None

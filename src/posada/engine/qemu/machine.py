@@ -1,0 +1,148 @@
+"""Starting one machine, and the handle on one that runs."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from posada.engine.base import Launch
+from posada.engine.qemu import ports, process, qmp, ram
+from posada.engine.qemu.argv import build
+from posada.engine.qemu.files import Descriptors
+from posada.engine.qemu.layout import Layout, new_layout, read_layout
+from posada.engine.qemu.probe import Facts
+from posada.engine.qemu.spawn import Spawned, spawn
+from posada.errors import EngineError, EngineGone, Unsupported
+from posada.model.records import PortRecord, Running
+
+NAME = "qemu"
+
+
+class Machine:
+    """A running machine as the engine's modules see it."""
+
+    def __init__(self, running: Running) -> None:
+        self.running = running
+        self.process = running.process
+        self.runtime = Path(running.runtime)
+
+    @property
+    def layout(self) -> Layout:
+        """Its devices now: hot-plug rewrites the record in the runtime directory. Raises EngineError."""
+        stored = read_running(self.runtime)
+        return read_layout((stored if stored and stored.process == self.process else self.running).private)
+
+    def store_layout(self, layout: Layout) -> None:
+        """Remember a changed device set."""
+        stored = read_running(self.runtime)
+        record = stored if stored and stored.process == self.process else self.running
+        private = record.private | {"layout": msgspec.to_builtins(layout)}
+        write_running(self.runtime, msgspec.structs.replace(record, private=private))
+
+    def require_alive(self) -> None:
+        """Raises EngineGone, with how it ended."""
+        status = process.status_of(self.process, self.runtime)
+        if not status.alive:
+            raise EngineGone("the machine is not running any more", detail=status.ended or "")
+
+    @contextlib.asynccontextmanager
+    async def session(self) -> AsyncIterator[qmp.Session]:
+        """A QMP session. Raises EngineGone."""
+        self.require_alive()
+        async with qmp.connect(self.runtime / "qmp.sock") as session:
+            yield session
+
+
+def read_running(runtime: Path) -> Running | None:
+    """The record a start left in the runtime directory: how whoever opens the state next finds a machine whose start was cut."""
+    try:
+        return msgspec.json.decode((runtime / "running.json").read_bytes(), type=Running)
+    except (OSError, msgspec.MsgspecError):
+        return None
+
+
+def write_running(runtime: Path, running: Running) -> None:
+    temporary = runtime / ".running.json"
+    temporary.write_bytes(msgspec.json.encode(running))
+    os.replace(temporary, runtime / "running.json")
+
+
+def layout_for(launch: Launch, facts: Facts) -> Layout:
+    """The devices of a machine at power-on. Raises Unsupported."""
+    spec = launch.spec
+    if spec.arch != "x86_64":
+        raise Unsupported(NAME, f"{spec.arch} guests", hint="use arch: x86_64")
+    if spec.firmware == "uefi":
+        raise Unsupported(NAME, "UEFI firmware", hint="use firmware: direct or bios")
+    if spec.cloud_init is not None:
+        raise Unsupported(NAME, "cloud-init", hint="drop cloud_init; set the guest up through exec")
+    return new_layout(
+        machine=facts.machine,
+        accelerator=facts.accelerator,
+        cpus=spec.cpus,
+        memory=spec.memory,
+        nics=len(spec.nics),
+        vsock=facts.vsock,
+        agent=launch.agent,
+        disks=[d.name for d in launch.disks],
+    )
+
+
+def new_cid() -> int:
+    """A guest's vsock address: 32 bits, 0–2 and all ones reserved. A collision is refused by the kernel at start."""
+    return secrets.randbelow((1 << 32) - 16) + 3
+
+
+async def started(spawned: Spawned, launch: Launch, layout: Layout, *, cid: int) -> Running:
+    """Speak with a QEMU that was just spawned, and make its record. Raises EngineError with QEMU's own words."""
+    forwards: list[PortRecord] = []
+    try:
+        async with qmp.connect(launch.runtime / "qmp.sock") as session:
+            if launch.spec.ports:
+                forwards = await ports.bound(session)
+    except EngineGone:
+        if not process.has_ended(spawned.process):
+            raise
+        await process.ended(spawned.keeper, 5)  # it writes the exit record
+        record = process.read_exit(launch.runtime)
+        detail = (record.stderr.strip() or record.reason) if record else ""
+        raise EngineError("QEMU ended at once", detail=detail[-2000:]) from None
+    private: dict[str, Any] = {"layout": msgspec.to_builtins(layout)}
+    if cid:
+        private["cid"] = cid
+    return Running(
+        engine=NAME,
+        process=spawned.process,
+        keeper=spawned.keeper,
+        accelerator=layout.accelerator,
+        started=time.time(),
+        runtime=str(launch.runtime),
+        ports=tuple(forwards),
+        private=private,
+    )
+
+
+async def start(launch: Launch, facts: Facts) -> Running:
+    """From power-on. See `Runner.start`."""
+    layout = layout_for(launch, facts)
+    ports.check_free(launch.spec.ports)
+    cid = new_cid() if layout.vsock else 0
+    invocation = build(launch, layout, binary=facts.binary, cid=cid)
+    with Descriptors() as files:
+        files.give("ram", ram.create(layout.memory))
+        spawned = await spawn(launch, invocation, files, layout.accelerator)
+    try:
+        running = await started(spawned, launch, layout, cid=cid)
+        write_running(launch.runtime, running)
+        spawned.commit()
+    except BaseException:
+        await spawned.abandon()
+        raise
+    return running

@@ -1,0 +1,170 @@
+"""Which QEMU, and which accelerator: found by measurement, remembered per boot and binary.
+
+The answer costs 0.1 s, so it is kept in the runtime directory; a new boot, another QEMU or another uid asks again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shutil
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import msgspec
+
+from posada.errors import HostError
+
+BINARY = "qemu-system-x86_64"
+#: Instructions per second at ring 0. Hardware does thousands of millions; emulating kernels two.
+USEFUL_RATE = 50e6
+MIN_VERSION = (7, 2)
+_CACHE = "qemu-probe.json"
+
+
+class Facts(msgspec.Struct, frozen=True, kw_only=True):
+    """What was measured of this host."""
+
+    key: str
+    """Boot, binary and user these facts hold for."""
+    binary: str
+    version: str
+    accelerator: str
+    """``kvm`` or ``tcg``."""
+    kvm: str
+    """Why KVM is used, or why not, in words."""
+    kvm_rate: float = 0.0
+    """Instructions per second at ring 0; 0 if not measured."""
+    vsock: bool = False
+
+    @property
+    def machine(self) -> str:
+        """The versioned machine type: what a snapshot taken here needs elsewhere."""
+        return "pc-i440fx-" + ".".join(self.version.split(".")[:2])
+
+
+def default_runtime() -> Path:
+    """Where the cache is when nobody says: as the host's own runtime directory."""
+    given = os.environ.get("POSADA_RUNTIME")
+    if given:
+        return Path(given)
+    if os.geteuid() == 0:
+        return Path("/run/posada")
+    base = os.environ.get("XDG_RUNTIME_DIR")
+    return Path(base) / "posada" if base else Path(f"/tmp/posada-{os.geteuid()}")  # noqa: S108 (checked: _private)
+
+
+def facts(runtime: Path | None = None) -> Facts:
+    """Measured, or remembered. Raises HostError when there is no usable QEMU."""
+    binary = find_binary()
+    key = _key(binary)
+    cache = (runtime or default_runtime()) / _CACHE
+    found = _read(cache, key)
+    if found is None:
+        found = _measure(binary, key)
+        _write(cache, found)
+    return found
+
+
+def find_binary() -> str:
+    """The path of QEMU: $POSADA_QEMU or what is on the PATH. Raises HostError."""
+    wanted = os.environ.get("POSADA_QEMU") or BINARY
+    path = shutil.which(wanted)
+    if path is None:
+        raise HostError(f"{wanted} is not installed", hint="install QEMU: apt install qemu-system-x86")
+    return os.path.realpath(path)
+
+
+def _key(binary: str) -> str:
+    info = os.stat(binary)
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return f"1 {boot} {binary} {info.st_mtime_ns} {info.st_size} {os.geteuid()}"
+
+
+def _private(directory: Path) -> bool:
+    """Only we can write there: nobody else may tell us what to run."""
+    try:
+        info = os.stat(directory)
+    except OSError:
+        return False
+    return stat.S_ISDIR(info.st_mode) and info.st_uid == os.geteuid() and not info.st_mode & 0o022
+
+
+def _read(cache: Path, key: str) -> Facts | None:
+    if not _private(cache.parent):
+        return None
+    try:
+        found = msgspec.json.decode(cache.read_bytes(), type=Facts)
+    except (OSError, msgspec.MsgspecError):
+        return None
+    return found if found.key == key else None
+
+
+def _write(cache: Path, found: Facts) -> None:
+    with contextlib.suppress(OSError):
+        cache.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if _private(cache.parent):
+            temporary = cache.with_name(f".{cache.name}.{os.getpid()}")
+            temporary.write_bytes(msgspec.json.encode(found))
+            os.replace(temporary, cache)
+
+
+def _measure(binary: str, key: str) -> Facts:
+    version = qemu_version(binary)
+    rate, words = kvm_rate()
+    accelerator = "tcg"
+    if rate >= USEFUL_RATE:
+        refused = _qemu_refuses_kvm(binary)
+        if refused:
+            words += f", but QEMU cannot use it: {refused}"
+        else:
+            accelerator = "kvm"
+    vsock = os.access("/dev/vhost-vsock", os.R_OK | os.W_OK)
+    return Facts(key=key, binary=binary, version=version, accelerator=accelerator, kvm=words, kvm_rate=rate, vsock=vsock)
+
+
+def qemu_version(binary: str) -> str:
+    """Such as ``7.2.22``. Raises HostError when it does not run or is too old."""
+    try:
+        done = subprocess.run([binary, "--version"], capture_output=True, text=True, timeout=20, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise HostError(f"{binary} does not run: {error}") from None
+    match = re.search(r"version (\d+)\.(\d+)(\.\d+)?", done.stdout)
+    if done.returncode or match is None:
+        raise HostError(f"{binary} does not run: {(done.stderr or done.stdout).strip()[:300]}")
+    if (int(match[1]), int(match[2])) < MIN_VERSION:
+        raise HostError(f"{binary} is version {match[0][8:]}", hint="posada needs QEMU 7.2 or newer")
+    return match[0].removeprefix("version ")
+
+
+def kvm_rate() -> tuple[float, str]:
+    """(instructions per second at ring 0, in words). 0 when /dev/kvm cannot be used at all."""
+    if not os.path.exists("/dev/kvm"):
+        return 0.0, "there is no /dev/kvm"
+    program = Path(__file__).with_name("kvmprobe.py")
+    try:
+        command = [sys.executable or "python3", "-I", "-S", str(program)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=2, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return 0.0, "/dev/kvm did not run a test guest within 2 s"
+    word, _, rest = done.stdout.strip().partition(" ")
+    if word != "rate":
+        return 0.0, f"/dev/kvm does not run a test guest: {rest or done.stderr.strip()[-200:]}"
+    rate = float(rest)
+    verdict = "hardware runs it" if rate >= USEFUL_RATE else "the host emulates it, which is too slow"
+    return rate, f"/dev/kvm runs guest kernel code at {rate / 1e6:.1f} million instructions/s: {verdict}"
+
+
+def _qemu_refuses_kvm(binary: str) -> str:
+    """Its words when it cannot start a machine on KVM, else an empty string."""
+    command = [binary, "-M", "pc", "-accel", "kvm", "-cpu", "host", "-m", "64", "-S"]
+    command += ["-nodefaults", "-no-user-config", "-display", "none", "-qmp", "stdio"]
+    quit = '{"execute":"qmp_capabilities"}\n{"execute":"quit"}\n'
+    try:
+        done = subprocess.run(command, input=quit, capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return str(error)
+    return "" if done.returncode == 0 else done.stderr.strip()[-200:] or f"status {done.returncode}"
