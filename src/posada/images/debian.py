@@ -1,9 +1,9 @@
 """Build a Debian root file system, as a disk, from the mirror this machine is configured for.
 
 mmdebstrap makes the tree in a namespace of its own (root's, or an unprivileged user's), and its last hook, still inside
-that namespace, turns the tree into an ext4 file: no loop device, no privilege, and the owners are right. The kernel's package is
-unpacked, not installed: its dependencies (initramfs-tools and what that pulls in) are of no use to a guest that boots
-posada's initramfs.
+that namespace, turns the tree into an ext4 file: no loop device, no privilege, and the owners are right. The kernel's
+package is unpacked, not installed: its dependencies (initramfs-tools and what that pulls in) are of no use to a guest
+that boots posada's initramfs.
 """
 
 from __future__ import annotations
@@ -65,7 +65,8 @@ def suite_of(tag: str) -> str:
         return sources.SUITES[tag]
     except KeyError:
         known = ", ".join(t for t in sources.SUITES if t.isdigit())
-        raise SpecError("image", f"debian:{tag} is not a release posada can build", hint=f"use one of {known} or sid") from None
+        problem = f"debian:{tag} is not a release posada can build"
+        raise SpecError("image", problem, hint=f"use one of {known} or sid") from None
 
 
 def check_packages(packages: Sequence[str]) -> tuple[str, ...]:
@@ -89,8 +90,8 @@ async def build_debian(
 ) -> None:
     """Make the disk (sparse raw, one ext4 of ``size`` bytes), the kernel and its modules.
 
-    ``scratch`` is a directory for the tree that is being installed; it must be reachable by other users when this is not
-    run by root. Takes 15–25 s. On failure or cancellation the files are rubbish and the scratch directory is empty.
+    ``scratch`` is a directory for the tree that is being installed; other users must be able to reach it when this is
+    not run by root. Takes 15–25 s. On failure or cancellation the files are rubbish and the scratch directory is empty.
     Raises HostError (a tool is missing, no space, the mirror does not answer), ImageError, SpecError.
     """
     check_packages(packages)
@@ -117,7 +118,8 @@ async def build_debian(
         hook = resources.files("posada.images").joinpath("debian-hook.sh").read_text()
         argv = [
             "mmdebstrap", "--variant=minbase", "--format=null", f"--architectures={ARCHES[arch]}",
-            f"--include={','.join(chosen)}", "--skip=cleanup/apt,cleanup/mmdebstrap,cleanup/reproducible,cleanup/run,cleanup/tmp",
+            f"--include={','.join(chosen)}",
+            "--skip=cleanup/apt,cleanup/mmdebstrap,cleanup/reproducible,cleanup/run,cleanup/tmp",
             *(f"--aptopt={line}" for line in options),
             f"--customize-hook={hook}", suite, "-", str(listed),
         ]  # fmt: skip
@@ -130,7 +132,7 @@ async def build_debian(
 
 
 class _Outputs:
-    """The files the hook writes to, as open descriptors: inside the namespace the user's directories may be out of reach."""
+    """The files the hook writes to, open: in its namespace the user's directories may be out of reach."""
 
     def __init__(self, files: DebianFiles, size: int) -> None:
         self._files, self._size, self._fds = files, size, [-1, -1, -1]
@@ -183,12 +185,13 @@ def _explain(error: ToolFailed) -> Exception:
     missing = re.search(r"Unable to locate package (\S+)", output)
     if missing:
         return SpecError("packages", f"there is no package {missing[1]} in this release")
-    if "Could not allocate block" in output or "populate" in output and "space" in output:
+    if "Could not allocate block" in output or "Could not allocate inode" in output:
         return SpecError("size", "is too small for what was installed", hint="ask for a larger disk")
-    if re.search(r"Temporary failure resolving|Could not connect|Failed to fetch|Cannot initiate the connection", output):
+    if re.search(r"Temporary failure resolving|Could not connect|Failed to fetch|Cannot initiate the conn", output):
         first = next((line for line in output.splitlines() if line.startswith(("E:", "Err:"))), "")
-        return HostError(f"the Debian mirror does not answer: {first}", hint="check the network and /etc/apt/sources.list")
+        return HostError(f"the Debian mirror does not answer: {first}", hint="check the network and apt's sources")
     if "/etc/subuid" in output or "newuidmap" in output:
-        return HostError("this user has no range of subordinate user ids", hint="as root: usermod --add-subuids 100000-165535 --add-subgids 100000-165535 USER")
+        add = "usermod --add-subuids 100000-165535 --add-subgids 100000-165535 USER"
+        return HostError("this user has no range of subordinate user ids", hint=f"as root: {add}")
     tail = [line for line in output.splitlines() if line.startswith(("E:", "mke2fs:"))][-3:]
     return ImageError(f"mmdebstrap failed: {'; '.join(tail) or output.strip()[-400:]}")

@@ -2,8 +2,8 @@
 under emulation.
 
 The payload is found through the setup header (Linux, Documentation/arch/x86/boot.rst, ``payload_offset`` and
-``payload_length``, boot protocol 2.08 and later), never searched for. Its last four bytes are the size of what it unpacks
-to, which bounds the output. Kernels are as untrusted as any other image.
+``payload_length``, boot protocol 2.08 and later), never searched for. Its last four bytes are the size of what it
+unpacks to, which bounds the output. Kernels are as untrusted as any other image.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Kernel modules: which ones a guest loads before its root is there, and in which order.
 
-Dependencies come from ``modules.dep`` where depmod has made one (depmod(8)), else from the ``depends=`` entries each
-module carries in its ``.modinfo`` section, which is what depmod reads itself; so a kernel package that was only unpacked will do.
+Dependencies come from ``modules.dep`` where depmod has made one (depmod(8)), else from the ``depends=`` entry each
+module carries in its ``.modinfo`` section: so a kernel package that was only unpacked will do.
 """
 
 from __future__ import annotations

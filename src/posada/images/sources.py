@@ -49,7 +49,7 @@ class Archive(NamedTuple):
 
 
 def parse_one_line(text: str) -> list[Source]:
-    """``deb [option=value …] uri suite component…``. Lines that are not understood are skipped, as apt warns of them."""
+    """``deb [option=value …] uri suite component…``. Lines that are not understood are skipped; apt warns of them."""
     out = []
     for line in text.splitlines():
         match = re.match(r"\s*deb\s+(?:\[([^\]]*)\]\s+)?(\S+)\s+(\S+)\s*([^#]*)", line)
@@ -98,7 +98,7 @@ def read_sources(etc: Path = Path("/etc/apt")) -> list[Source]:
 
 
 def is_debian(source: Source) -> bool:
-    """It is Debian's own archive: its suites, ``main``, and Debian's key (or, with no key named, a path that says so)."""
+    """It is Debian's own archive: its suites, ``main``, and Debian's key (or no key, and a URI that says so)."""
     base = re.sub(r"[-/](updates|security|backports|proposed-updates)$", "", source.suite)
     if base.removesuffix("/updates") not in {*SUITES.values(), *_ALIASES} or "main" not in source.components:
         return False
@@ -143,7 +143,8 @@ def to_one_line(sources: Iterable[Source]) -> str:
 
 
 _OPTION = re.compile(
-    r'(Acquire::(?:https?::Proxy(?:::[\w.-]+)?|https?::CaInfo|Check-Valid-Until|Check-Date)) "([^"\n]*)";', re.IGNORECASE
+    r'(Acquire::(?:https?::Proxy(?:::[\w.-]+)?|https?::CaInfo|Check-Valid-Until|Check-Date)) "([^"\n]*)";',
+    re.IGNORECASE,
 )
 
 
@@ -158,6 +159,6 @@ def for_guest(options: Sequence[str]) -> str:
     for line in options:
         value = line.split('"')[1]
         local = (urlsplit(value).hostname or "") in ("localhost", "::1") or "//127." in value
-        if "Proxy" in line and not local or "Check-" in line:
+        if ("Proxy" in line and not local) or "Check-" in line:
             keep.append(line + "\n")
     return "".join(keep)
