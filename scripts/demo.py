@@ -83,9 +83,9 @@ def title(text: str) -> None:
 def demo(host: posada.Host, image: str) -> None:
     title("An image")
     with Step(f"image {image}") as step:
-        found = host.images.get(image) if any(image in i.names for i in host.images.list()) else None
-        record = found or host.images.build(image, progress=step.progress)
-        step.result = f"{'here already' if found else 'built'}, {record.size >> 20} MiB, {record.digest[:19]}"
+        found = next((i for i in host.images.list() if image in i.names), None)
+        made = found or host.images.build(image, progress=step.progress)
+        step.result = f"{'here already' if found else 'built'}, {made.size >> 20} MiB, {made.digest[:12]}"
 
     title("Two machines at once")
     with contextlib.ExitStack() as machines:
@@ -156,11 +156,12 @@ def branch(vm: posada.VM) -> None:
     before = identity(vm)
     with Step("a command that runs through all of this") as step:
         ticker = vm.shell("while echo tick; do sleep 0.1; done", stream=True)
-        expect(next(iter(ticker)).text.startswith("tick"), "it does not tick")
+        ticks = iter(ticker)
+        expect(next(ticks).text.startswith("tick"), "it does not tick")
         step.result = "ticks"
     with Step("snapshot (memory, devices, disk)") as step:
         base = vm.snapshot("base", progress=step.progress)
-        step.result = f"the machine stood still for {base.record.pause * 1000:.0f} ms"
+        step.result = f"the machine stood still for {base.pause * 1000:.0f} ms"
     with contextlib.ExitStack() as machines:
         with Step("fork into three") as step:
             kids = vm.fork(3)
@@ -183,7 +184,7 @@ def branch(vm: posada.VM) -> None:
                 expect(seen == [str(number)] * 2, f"machine {number} sees {seen}")
             step.result = "in memory and on disk"
         with Step("the source's command still runs") as step:
-            expect(next(iter(ticker)).text.startswith("tick"), "it has stopped")
+            expect(next(ticks).text.startswith("tick"), "it has stopped")
             ticker.close()
             step.result = "ticks"
         with Step("fork of a fork") as step, kids[0].fork(1)[0] as grandchild:

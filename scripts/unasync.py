@@ -30,6 +30,8 @@ SUBSTITUTIONS = [
         (r"\bPending\[([\w.]+)\]", r"\1"),
         (r"\bAsyncRuntime\b", "SyncRuntime"),
         (r"\bAsyncIterator\b", "Iterator"),
+        (r" \| AsyncIterable\[bytes\]", ""),
+        (r"AsyncIterable, ", ""),
         (r"__aenter__", "__enter__"),
         (r"__aexit__", "__exit__"),
         (r"__aiter__", "__iter__"),

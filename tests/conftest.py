@@ -1,0 +1,20 @@
+"""What every test shares. Tests that start guests are in e2e/, and carry the mark ``guest``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Everything in e2e/ starts guests; and quick tests come first, so that a mistake shows early."""
+    for item in items:
+        if HERE / "e2e" in item.path.parents:
+            item.add_marker(pytest.mark.guest)
+            if not any(item.iter_markers("timeout")):
+                item.add_marker(pytest.mark.timeout(300))  # guests may be emulated, two to a slow processor
+    order = {"unit": 0, "golden": 1, "fuzz": 2, "contract": 3}
+    items.sort(key=lambda item: order.get(item.path.relative_to(HERE).parts[0], 9))
