@@ -1,0 +1,1 @@
+"""The command line. Every module is loaded only for the verbs that need it."""

@@ -20,6 +20,9 @@ WINDOW = 1 << 18
 #: Seconds between two tries of a condition that the guest cannot announce (a port, a command): from, to.
 FIRST_TRY, LAST_TRY = 0.02, 0.5
 
+#: Seconds between two looks at a log that is followed, as `tail -f` looks.
+FOLLOW_INTERVAL = 0.1
+
 
 class ConsoleStream:
     """One connection to a console: recent output first, then what comes."""
@@ -58,16 +61,48 @@ class ConsoleStream:
             yield data
 
 
-def read_tail(path: Path, limit: int | None = None) -> bytes:
-    """The end of a console log; the part that was rotated away comes first. ``limit`` in bytes."""
-    parts = []
-    for part in (path.with_name(path.name + ".1"), path):
-        try:
-            parts.append(part.read_bytes())
-        except FileNotFoundError:
-            continue
-    data = b"".join(parts)
-    return data if limit is None else data[-limit:]
+def read_log(path: Path) -> tuple[bytes, int]:
+    """A console log, what was rotated away first; and how much of it is in the file itself."""
+    old, new = _from(path.with_name(path.name + ".1"), 0), _from(path, 0)
+    return old + new, len(new)
+
+
+async def follow_log(machines: Machines, vm: str, start: int) -> AsyncIterator[bytes]:
+    """What is added to a console's log after its first ``start`` bytes, until the machine does not run any more."""
+    path = machines.log(vm)
+    inode, ended = _inode(path), asyncio.ensure_future(machines.wait(vm))
+    try:
+        while True:
+            last = ended.done()
+            if _inode(path) != inode:  # rotated: the rest of the old one, then the new one from its beginning
+                yield _from(path.with_name(path.name + ".1"), start)
+                inode, start = _inode(path), 0
+            data = _from(path, start)
+            start += len(data)
+            if data:
+                yield data
+            if last:
+                return
+            await asyncio.wait([ended], timeout=FOLLOW_INTERVAL)
+    finally:
+        ended.cancel()
+        await asyncio.wait([ended])
+
+
+def _inode(path: Path) -> int | None:
+    try:
+        return path.stat().st_ino
+    except FileNotFoundError:
+        return None
+
+
+def _from(path: Path, start: int) -> bytes:
+    try:
+        with path.open("rb") as file:
+            file.seek(start)
+            return file.read()
+    except FileNotFoundError:
+        return b""
 
 
 async def wait_for_text(machines: Machines, vm: str, pattern: str, timeout: float | None) -> str:

@@ -77,8 +77,8 @@ class Core:
 
 
 def has_agent(host: Host, record: VmRecord) -> bool:
-    """Whether its image carries posada's agent, so that readiness can be waited for."""
-    if record.image is None:
+    """Whether posada's agent runs in the guest: its image has it and boots by its own kernel."""
+    if record.image is None or record.spec.boot.kernel is not None or record.spec.boot.initrd is not None:
         return False
     image = host.images.resolve(record.image)
     return image is not None and image.agent

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Mapping, Sequence
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 
-from posada.errors import CommandError, Timeout
+from posada.errors import CommandError, GuestError, Timeout
 from posada.model.exec import ExecResult, Output, Pty
 
 if TYPE_CHECKING:
@@ -131,8 +131,11 @@ class StreamedCommand:
                 while chunk := await asyncio.to_thread(file.read, CHUNK):
                     await self.process.write(chunk)
             await self.process.close_stdin()
-        except (ConnectionError, OSError):
+        except GuestError:
             pass  # it ended, or closed its stdin, before it had read everything: as `yes | head -1` does
+        except Exception:
+            await self.process.close()  # the user's file failed: `wait` tells
+            raise
 
     async def _in_time(self, call: Awaitable[T]) -> T:
         """Await within the deadline; kill the command and raise Timeout when it passes."""
@@ -158,7 +161,12 @@ class StreamedCommand:
 
     async def wait(self) -> ExecResult:
         """The result, once it has ended. Raises Timeout, GuestGone; CommandError if ``check`` was asked for."""
-        return checked(self.command, await self._in_time(self.process.wait()))
+        try:
+            return checked(self.command, await self._in_time(self.process.wait()))
+        except GuestError:
+            if self._feeder is not None and self._feeder.done() and not self._feeder.cancelled():
+                self._feeder.result()
+            raise
 
     async def kill(self) -> None:
         """SIGKILL to the whole process group."""
@@ -175,3 +183,14 @@ class StreamedCommand:
 
 async def _next(events: AsyncIterator[Output], end: Any) -> Any:
     return await anext(events, end)
+
+
+async def as_async(pieces: Iterable[bytes] | AsyncIterable[bytes]) -> AsyncIterator[bytes]:
+    """Pieces from an iterable of either kind; one that blocks is read in a thread."""
+    if isinstance(pieces, AsyncIterable):
+        async for piece in pieces:
+            yield piece
+        return
+    iterator = iter(pieces)
+    while (data := await asyncio.to_thread(next, iterator, None)) is not None:
+        yield data

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import builtins
+from collections.abc import AsyncIterable, AsyncIterator, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from posada.client._core import Core
+from posada.client._exec import as_async
 from posada.client._runtime import AsyncRuntime
 from posada.errors import GuestError
 
@@ -30,9 +32,12 @@ class Files:
     async def _guest(self) -> GuestClient:
         return await self._rt.run(self._vms.guest(self._uuid))
 
-    async def read_bytes(self, path: str) -> bytes:
-        """The whole file."""
-        return await self._rt.run((await self._guest()).read_file(path))
+    async def read_bytes(
+        self, path: str, *, offset: int = 0, length: int | None = None, max_size: int = 64 << 20
+    ) -> bytes:
+        """A file, or ``length`` bytes of it from ``offset``. More than ``max_size`` bytes are refused (``EFBIG``)."""
+        guest = await self._guest()
+        return await self._rt.run(guest.read_file(path, offset=offset, length=length, max_size=max_size))
 
     async def read_text(self, path: str, *, encoding: str = "utf-8", errors: str = "strict") -> str:
         """The whole file as text."""
@@ -83,6 +88,15 @@ class Files:
     async def remove(self, path: str, *, recursive: bool = False) -> None:
         """Remove a file, or with ``recursive`` a directory and all that is in it."""
         await self._rt.run((await self._guest()).remove(path, recursive=recursive))
+
+    async def read_tar(self, path: str) -> AsyncIterator[bytes]:
+        """A file or a directory as a tar archive, in pieces. It is the guest's work: do not trust what is in it."""
+        async for data in self._rt.iterate((await self._guest()).tar_out(path)):
+            yield data
+
+    async def write_tar(self, path: str, archive: Iterable[bytes] | AsyncIterable[bytes]) -> int:
+        """Unpack a tar archive, given in pieces, into a directory (made if it is missing). Returns the bytes read."""
+        return await self._rt.run((await self._guest()).tar_in(path, as_async(archive)))
 
     async def rename(self, old: str, new: str) -> None:
         """Move within the guest."""

@@ -13,7 +13,7 @@ from posada.client._async.vm import VM
 from posada.client._async.vms import Vms
 from posada.client._core import Core, open_core, shared_core
 from posada.client._fields import SpecFields, build_spec
-from posada.client._pending import pending
+from posada.client._pending import Pending, pending
 from posada.client._runtime import AsyncRuntime
 from posada.model.machine import MachineSpec
 
@@ -44,6 +44,19 @@ class Host:
     def home(self) -> Path:
         """The state directory."""
         return self._core.host.paths.home
+
+    def run(
+        self,
+        image: str | None = None,
+        *,
+        spec: MachineSpec | Mapping[str, Any] | None = None,
+        keep: bool = False,
+        timeout: float | None = 60,
+        progress: Progress | None = None,
+        **fields: Unpack[SpecFields],
+    ) -> Pending[VM]:
+        """As `posada.aio.run`, on this host."""
+        return self.vms.run(image, spec=spec, keep=keep, timeout=timeout, progress=progress, **fields)
 
     async def doctor(self) -> list[Check]:
         """What this host can do, measured: engines, tools, permissions, space. Each check with what would help."""

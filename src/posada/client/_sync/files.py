@@ -4,10 +4,12 @@
 from __future__ import annotations
 
 import builtins
+from collections.abc import Iterator, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from posada.client._core import Core
+from posada.client._exec import as_async
 from posada.client._runtime import SyncRuntime
 from posada.errors import GuestError
 
@@ -31,9 +33,12 @@ class Files:
     def _guest(self) -> GuestClient:
         return self._rt.run(self._vms.guest(self._uuid))
 
-    def read_bytes(self, path: str) -> bytes:
-        """The whole file."""
-        return self._rt.run((self._guest()).read_file(path))
+    def read_bytes(
+        self, path: str, *, offset: int = 0, length: int | None = None, max_size: int = 64 << 20
+    ) -> bytes:
+        """A file, or ``length`` bytes of it from ``offset``. More than ``max_size`` bytes are refused (``EFBIG``)."""
+        guest = self._guest()
+        return self._rt.run(guest.read_file(path, offset=offset, length=length, max_size=max_size))
 
     def read_text(self, path: str, *, encoding: str = "utf-8", errors: str = "strict") -> str:
         """The whole file as text."""
@@ -84,6 +89,15 @@ class Files:
     def remove(self, path: str, *, recursive: bool = False) -> None:
         """Remove a file, or with ``recursive`` a directory and all that is in it."""
         self._rt.run((self._guest()).remove(path, recursive=recursive))
+
+    def read_tar(self, path: str) -> Iterator[bytes]:
+        """A file or a directory as a tar archive, in pieces. It is the guest's work: do not trust what is in it."""
+        for data in self._rt.iterate((self._guest()).tar_out(path)):
+            yield data
+
+    def write_tar(self, path: str, archive: Iterable[bytes]) -> int:
+        """Unpack a tar archive, given in pieces, into a directory (made if it is missing). Returns the bytes read."""
+        return self._rt.run((self._guest()).tar_in(path, as_async(archive)))
 
     def rename(self, old: str, new: str) -> None:
         """Move within the guest."""

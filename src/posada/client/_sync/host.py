@@ -45,6 +45,19 @@ class Host:
         """The state directory."""
         return self._core.host.paths.home
 
+    def run(
+        self,
+        image: str | None = None,
+        *,
+        spec: MachineSpec | Mapping[str, Any] | None = None,
+        keep: bool = False,
+        timeout: float | None = 60,
+        progress: Progress | None = None,
+        **fields: Unpack[SpecFields],
+    ) -> VM:
+        """As `posada.run`, on this host."""
+        return self.vms.run(image, spec=spec, keep=keep, timeout=timeout, progress=progress, **fields)
+
     def doctor(self) -> list[Check]:
         """What this host can do, measured: engines, tools, permissions, space. Each check with what would help."""
         return self._rt.now(self._core.host.doctor)

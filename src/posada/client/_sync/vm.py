@@ -3,16 +3,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, Unpack, overload
+from typing import TYPE_CHECKING, Literal, Unpack, overload
 
 from posada.client._sync.console import Console
 from posada.client._sync.files import Files
 from posada.client._sync.process import Process
 from posada.client._sync.snapshot import Snapshot
 from posada.client._sync.waiting import Waiter
-from posada.client._console import ConsoleStream, read_tail
+from posada.client._console import ConsoleStream, follow_log, read_log
 from posada.client._core import Core, has_agent
 from posada.client._exec import open_command, parse_command, run_command, shell_argv
 from posada.client._fields import ExecOptions
@@ -20,6 +20,7 @@ from posada.client._ports import Port, port_table
 from posada.client._runtime import SyncRuntime
 from posada.errors import ForkError, NotFound
 from posada.model.machine import DiskSpec, MachineSpec, PortSpec, parse_port
+from posada.model.progress import quiet
 from posada.model.records import SnapshotKind, VmRecord
 from posada.model.states import State
 from posada.model.units import parse_size
@@ -87,6 +88,11 @@ class VM:
         records = self._rt.now(self._vms.snapshots, self.uuid)
         return [Snapshot(self._rt, self._core, record) for record in records]
 
+    @property
+    def has_agent(self) -> bool:
+        """Whether posada's agent is in the guest, so that exec, files and fork's new identities work."""
+        return self._rt.now(has_agent, self._core.host, self.record)
+
     # ------------------------------------------------------------------ commands
 
     @overload
@@ -132,8 +138,8 @@ class VM:
 
     def start(self, *, wait: bool = True, timeout: float | None = 60, progress: Progress | None = None) -> None:
         """Start it; with ``wait`` (and posada's agent in the guest) return when it is ready, in ``timeout`` seconds."""
-        self.record = self._rt.run(self._vms.start(self.uuid, **_reporting(progress)))
-        if wait and self._rt.now(has_agent, self._core.host, self.record):
+        self.record = self._rt.run(self._vms.start(self.uuid, progress=progress or quiet))
+        if wait and self.has_agent:
             self.wait_ready(timeout=timeout)
 
     def wait_ready(self, *, timeout: float | None = 60) -> None:
@@ -162,7 +168,7 @@ class VM:
         """Stop it and start it again."""
         self._rt.run(self._vms.restart(self.uuid))
         self.refresh()
-        if wait and self._rt.now(has_agent, self._core.host, self.record):
+        if wait and self.has_agent:
             self.wait_ready(timeout=timeout)
 
     def wait(self, *, timeout: float | None = None) -> State:
@@ -211,13 +217,18 @@ class VM:
         full for a running machine. Raises AlreadyExists, Unsupported, HostError (no space).
         """
         wanted = None if kind is None else SnapshotKind(kind)
-        record = self._rt.run(self._vms.snapshot(self.uuid, name, kind=wanted, **_reporting(progress)))
+        record = self._rt.run(self._vms.snapshot(self.uuid, name, kind=wanted, progress=progress or quiet))
         return Snapshot(self._rt, self._core, record)
 
     def restore(self, snapshot: Snapshot | str, *, progress: Progress | None = None) -> None:
         """Return to a snapshot, in place: same machine, same identity. What came after it is lost."""
         ref = snapshot if isinstance(snapshot, str) else snapshot.id
-        self.record = self._rt.run(self._vms.restore(self.uuid, ref, **_reporting(progress)))
+        self.record = self._rt.run(self._vms.restore(self.uuid, ref, progress=progress or quiet))
+
+    def delete_snapshot(self, snapshot: Snapshot | str, *, recursive: bool = False) -> None:
+        """Delete a snapshot; with ``recursive`` also all that descend from it. Raises InUse otherwise, naming them."""
+        ref = snapshot if isinstance(snapshot, str) else snapshot.id
+        self._rt.run(self._vms.delete_snapshot(self.uuid, ref, recursive=recursive))
 
     def fork(
         self,
@@ -225,17 +236,21 @@ class VM:
         *,
         snapshot: Snapshot | str | None = None,
         names: Sequence[str] | None = None,
+        ephemeral: bool | None = None,
         progress: Progress | None = None,
     ) -> list[VM]:
         """``n`` new machines from this running one (or from a snapshot of it), ready, in order.
 
         Memory and disks are shared copy-on-write; each child has a new identity, and this machine goes on. Forks of an
-        ephemeral machine are ephemeral. Raises ForkError when some children failed: its ``.vms`` holds the survivors.
+        ephemeral machine are ephemeral unless ``ephemeral`` says otherwise. Raises ForkError when some children failed:
+        its ``.vms`` holds the survivors.
         """
         ref = snapshot if isinstance(snapshot, str) or snapshot is None else snapshot.id
         try:
             records = self._rt.run(
-                self._vms.fork(self.uuid, n, snapshot=ref, names=names, **_reporting(progress))
+                self._vms.fork(
+                    self.uuid, n, snapshot=ref, names=names, ephemeral=ephemeral, progress=progress or quiet
+                )
             )
         except ForkError as error:
             self._core.adopt(error.vms)
@@ -296,12 +311,16 @@ class VM:
 
     def logs(self) -> str:
         """What the console has said so far (its last MiB or two)."""
-        return read_tail(self._rt.now(self._vms.log, self.uuid)).decode(errors="replace")
+        return read_log(self._rt.now(self._vms.log, self.uuid))[0].decode(errors="replace")
+
+    def follow_logs(self) -> Iterator[bytes]:
+        """What the console has said so far, then what it says, until the machine does not run any more."""
+        said, start = read_log(self._rt.now(self._vms.log, self.uuid))
+        if said:
+            yield said
+        for data in self._rt.iterate(follow_log(self._vms, self.uuid, start)):
+            yield data
 
     def usage(self) -> Usage:
         """What it uses of the host now: processor seconds and bytes of memory."""
         return self._rt.now(self._vms.usage, self.uuid)
-
-
-def _reporting(progress: Progress | None) -> dict[str, Any]:
-    return {} if progress is None else {"progress": progress}
