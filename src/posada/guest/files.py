@@ -8,7 +8,7 @@ import secrets
 import stat as stats
 from collections.abc import AsyncIterable, AsyncIterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypedDict, TypeVar, Unpack
 
 import msgspec
 
@@ -26,6 +26,21 @@ _CHUNK = 256 << 10
 MAX_READ = 64 << 20
 """Bytes `GuestFiles.read_file` takes into memory unless told otherwise."""
 _MAX_ENTRIES = 1_000_000
+
+
+class WriteOptions(TypedDict, total=False):
+    """How a file is written."""
+
+    mode: int | None
+    uid: int | None
+    gid: int | None
+    append: bool
+    atomic: bool
+    """Default: written beside, synced, and renamed into its place."""
+    offset: int | None
+    """Write into an existing file, in place, from there."""
+    mkdir: bool
+    """Make missing directories."""
 
 
 class GuestFiles:
@@ -68,29 +83,16 @@ class GuestFiles:
             await pieces.aclose()  # type: ignore[attr-defined]  # An async generator; its close must not wait for gc.
         return bytes(content)
 
-    async def write_stream(
-        self,
-        path: str,
-        source: AsyncIterable[bytes],
-        *,
-        mode: int | None = None,
-        uid: int | None = None,
-        gid: int | None = None,
-        append: bool = False,
-        atomic: bool = True,
-        offset: int | None = None,
-        mkdir: bool = False,
-    ) -> int:
+    async def write_stream(self, path: str, source: AsyncIterable[bytes], **options: Unpack[WriteOptions]) -> int:
         """Write a file from pieces; returns the bytes written.
 
-        By default all of it appears at once or, when anything fails (``source`` too), nothing does. ``offset`` writes
-        into an existing file in place; ``mkdir`` makes missing directories.
+        By default all of it appears at once or, when anything fails (``source`` too), nothing does.
         """
-        body = _write_body(path, mode=mode, uid=uid, gid=gid, append=append, atomic=atomic, offset=offset, mkdir=mkdir)
+        body = _write_body(path, **options)
         return await _fill(await self._link.open_stream(body, what=f"write {path}", outputs=frozenset()), source)
 
-    async def write_file(self, path: str, data: bytes | str, **options: Any) -> int:
-        """The same from bytes or text; options as in `write_stream`."""
+    async def write_file(self, path: str, data: bytes | str, **options: Unpack[WriteOptions]) -> int:
+        """The same from bytes or text."""
         content = data.encode() if isinstance(data, str) else data
         head, rest = content[:MAX_PAYLOAD], content[MAX_PAYLOAD:]
         stream = await self._link.open_stream(
@@ -192,6 +194,20 @@ class GuestFiles:
             raise GuestError(f"download {remote}: it is a {info.type}, neither a file nor a directory")
         return await self._download_file(remote, target, info.mode & 0o755 | 0o600)
 
+    async def tar_out(self, path: str) -> AsyncIterator[bytes]:
+        """A file or a tree as a tar archive, in pieces as they come. It is the guest's: hostile."""
+        stream = await self._link.open_stream({"kind": "tar-out", "path": path}, what=f"read {path}")
+        try:
+            async for data in _content(stream):
+                yield data
+        finally:
+            stream.close()
+
+    async def tar_in(self, path: str, source: AsyncIterable[bytes]) -> int:
+        """Unpack a tar archive, given in pieces, below a directory; returns the bytes sent."""
+        body = {"kind": "tar-in", "path": path}
+        return await _fill(await self._link.open_stream(body, what=f"unpack into {path}", outputs=frozenset()), source)
+
     async def _copy_target(self, name: str, remote: str) -> str:
         if not remote.endswith("/"):
             try:
@@ -268,7 +284,10 @@ async def _fill(stream: Stream, source: AsyncIterable[bytes]) -> int:
     return size
 
 
-def _write_body(path: str, **options: Any) -> dict[str, Any]:
+def _write_body(path: str, **options: Unpack[WriteOptions]) -> dict[str, Any]:
+    unknown = options.keys() - WriteOptions.__annotations__.keys()
+    if unknown:
+        raise TypeError(f"writing a file takes no option {unknown.pop()!r}")
     return {"kind": "write", "path": path, **{key: value for key, value in options.items() if value is not None}}
 
 
