@@ -6,7 +6,7 @@ import asyncio
 import os
 import secrets
 import stat as stats
-from collections.abc import AsyncIterable, AsyncIterator
+from collections.abc import AsyncIterable, AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any, TypedDict, TypeVar, Unpack
 
@@ -307,10 +307,19 @@ async def _read_local(path: Path) -> AsyncIterator[bytes]:
 
 
 async def _threaded(packer: Packer) -> AsyncIterator[bytes]:
-    """The pieces of an archive, each made in a thread: disks block."""
+    """An archive in pieces of a fair size, each made in a thread: disks block."""
     pieces = iter(packer)
-    while (data := await _step(asyncio.to_thread(next, pieces, None))) is not None:
+    while data := await _step(asyncio.to_thread(_gather, pieces)):
         yield data
+
+
+def _gather(pieces: Iterator[bytes]) -> bytes:
+    gathered = bytearray()
+    for piece in pieces:
+        gathered += piece
+        if len(gathered) >= _CHUNK:
+            break
+    return bytes(gathered)
 
 
 async def _step(work: Any) -> Any:

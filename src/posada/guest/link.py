@@ -140,20 +140,20 @@ class GuestLink(asyncio.Protocol):
 
     # -- what streams use -------------------------------------------------------------------------------------------
 
-    def room(self, stream: Stream) -> int:
-        return self._link.room(stream.number)
+    def room(self, stream: Stream, flags: int) -> int:
+        return self._link.room(stream.number, flags)
 
     def consumed(self, stream: Stream, flags: int, size: int) -> None:
         if not stream.closed:
             self._write(self._link.consumed(stream.number, flags, size))
 
-    async def send(self, stream: Stream, data: memoryview) -> None:
-        self._write(self._link.data(stream.number, data))
+    async def send(self, stream: Stream, data: memoryview, flags: int) -> None:
+        self._write(self._link.data(stream.number, data, flags))
         await self._writable.wait()
 
-    def send_eof(self, stream: Stream) -> None:
+    def send_eof(self, stream: Stream, flags: int) -> None:
         if not stream.closed:
-            self._write(self._link.eof(stream.number))
+            self._write(self._link.eof(stream.number, flags))
 
     def close_stream(self, stream: Stream) -> None:
         if self._streams.get(stream.number) is stream:

@@ -5,13 +5,10 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from posada.errors import GuestError, StreamClosed
 from posada.proto import events, frames
-
-if TYPE_CHECKING:
-    from posada.guest.link import GuestLink
 
 _PIECES = 64
 """Pieces kept apart in the inbox, so that stdout and stderr keep their order; beyond, they are merged: a guest that
@@ -19,14 +16,31 @@ sends single bytes must not cost an object each."""
 _NOTICES = 256
 
 
+class Carrier(Protocol):
+    """What a stream needs of its link (`posada.guest.link.GuestLink`). Nothing is sent on a closed stream."""
+
+    def room(self, stream: Stream, flags: int) -> int:
+        """Bytes the peer's window has room for."""
+
+    def consumed(self, stream: Stream, flags: int, size: int) -> None:
+        """The reader has taken this many bytes."""
+
+    async def send(self, stream: Stream, data: memoryview, flags: int) -> None:
+        """Write at most `room` bytes, and wait while the socket is full."""
+
+    def send_eof(self, stream: Stream, flags: int) -> None: ...
+
+    def close_stream(self, stream: Stream) -> None: ...
+
+
 class Stream:
-    """An open stream. Made by `GuestLink.open_stream` only; one reader and one writer may use it at the same time.
+    """An open stream. Made by `GuestLink.open_stream`; one reader and one writer may use it at the same time.
 
     What the agent sends is held here, at most a window per direction, until `receive` takes it; only then it gets
     credit for more. So a reader that stops holds up its own stream and no other.
     """
 
-    def __init__(self, link: GuestLink, number: int, what: str, outputs: frozenset[int]) -> None:
+    def __init__(self, link: Carrier, number: int, what: str, outputs: frozenset[int]) -> None:
         self.number = number
         self.info: dict[str, Any] | None = None
         """What OPENED said; None before."""
@@ -65,22 +79,22 @@ class Stream:
             raise self._failure("")
         return None
 
-    async def send(self, data: bytes | memoryview) -> None:
+    async def send(self, data: bytes | memoryview, flags: int = 0) -> None:
         """Send it all, as fast as the other side takes it. Raises StreamClosed, GuestError when it fails, GuestGone."""
         rest = memoryview(data)
         while rest:
-            await self._until(lambda: self.closed or self._link.room(self) > 0)
+            await self._until(lambda: self.closed or self._link.room(self, flags) > 0)
             if self.closed:
                 if self.error is not None:
                     raise self._failure("")
                 raise StreamClosed(f"{self._what}: it ended before it had read everything", errno_name="EPIPE")
-            size = min(len(rest), self._link.room(self), frames.MAX_PAYLOAD)
-            await self._link.send(self, rest[:size])
+            size = min(len(rest), self._link.room(self, flags), frames.MAX_PAYLOAD)
+            await self._link.send(self, rest[:size], flags)
             rest = rest[size:]
 
-    def send_eof(self) -> None:
+    def send_eof(self, flags: int = 0) -> None:
         """Say that no more comes. Idempotent."""
-        self._link.send_eof(self)
+        self._link.send_eof(self, flags)
 
     async def finished(self) -> None:
         """Wait for the agent's CLOSE. Raises GuestError when it tells of a failure, GuestGone."""

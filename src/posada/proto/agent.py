@@ -273,7 +273,8 @@ class Link:
             raise self._violation(f"{kind.name} on stream {stream}, which is not open")
         if kind is FrameType.CLOSE:
             error, errno = self._error(self._body(kind, payload))
-            del self._streams[stream]
+            if self.role is Role.CLIENT:  # The agent answers with a CLOSE of its own; until then the number is taken.
+                del self._streams[stream]
             return events.Closed(stream, error, errno)
         if self.role is Role.CLIENT and kind in _SOLICITED and not account.opened and not account.closing:
             raise self._violation(f"{kind.name} before OPENED on stream {stream}")
