@@ -132,7 +132,7 @@ def _copy_raw(
 
 
 async def _check(fd: int, source: Path, progress: Progress) -> None:
-    """Refuse a qcow2 file whose tables contradict each other or point beyond its end: converting it would yield zeros."""
+    """Refuse a qcow2 file whose tables contradict each other or point beyond its end, where converting finds zeros."""
     progress(None, "checking the disk")
     try:
         await run_tool(

@@ -1,8 +1,8 @@
 """qcow2: write empty images and overlays in under a millisecond, and read headers without trusting them.
 
 Format: QEMU, docs/interop/qcow2.txt. Everything is big-endian. An image that holds nothing is four parts, each a whole
-number of clusters: header, refcount table, refcount block, L1 table (all zeros: nothing is allocated, reads fall through
-to the backing file). `inspect` reads the header of a file somebody else made; it opens nothing the header names.
+number of clusters: header, refcount table, refcount block, L1 table (all zeros: nothing is there, reads fall through to
+the backing file). `inspect` reads the header of a file somebody else made; it opens nothing the header names.
 """
 
 from __future__ import annotations
