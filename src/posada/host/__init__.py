@@ -1,0 +1,1 @@
+"""Machines as a person knows them: names, state, operations, snapshots, recovery. One house, opened by any process."""

@@ -88,6 +88,8 @@ class VmRecord(msgspec.Struct, frozen=True, kw_only=True):
     """The snapshot the vm descends from: the parent of the next one."""
     owner: Process | None = None
     """For ephemeral vms: who it dies with."""
+    identity_pending: bool = False
+    """It never ran: its identity (machine-id, host keys …) is reset at its agent's first connection."""
     running: Running | None = None
     exit: str | None = None
     """How the last run ended, in words."""
@@ -118,7 +120,9 @@ class SnapshotRecord(msgspec.Struct, frozen=True, kw_only=True):
     memory_bytes: int = 0
     """Bytes the memory file holds (not its apparent size)."""
     engine: str = ""
+    macs: tuple[str, ...] = ()
     private: dict[str, Any] = {}
+    """``engine``: `Capture.private`; ``token``: hex of the fork.prepare it was taken in, or empty."""
 
 
 class ImageRecord(msgspec.Struct, frozen=True, kw_only=True):

@@ -1,0 +1,26 @@
+"""The kernel command line of a directly booted guest (docs/AGENT-PROTOCOL.md, "As /init")."""
+
+from __future__ import annotations
+
+#: What user-mode networking gives every guest (QEMU's slirp defaults).
+USER_ADDRESS, USER_GATEWAY, USER_DNS = "10.0.2.15/24", "10.0.2.2", "10.0.2.3"
+
+
+def command_line(
+    *, agent: bool, root: bool, hostname: str, network: bool, emulated: bool, image_append: str, user_append: str
+) -> str:
+    """One line of text.
+
+    ``agent``: posada's agent is /init. ``root``: the first disk holds the root file system. ``emulated``: the guest's
+    kernel runs under emulation, where it protects nobody by its mitigations and pays dearly for them.
+    """
+    words = ["console=ttyS0", "quiet"]
+    if emulated:
+        words.append("mitigations=off")
+    if agent:
+        if root:
+            words += ["posada.root=/dev/vda", "posada.rootfs=ext4", "posada.rw=1"]
+        words.append(f"posada.hostname={hostname}")
+        if network:
+            words += [f"posada.net={USER_ADDRESS}", f"posada.gw={USER_GATEWAY}", f"posada.dns={USER_DNS}"]
+    return " ".join([*words, *image_append.split(), *user_append.split()])

@@ -1,0 +1,21 @@
+"""Fault points: places at which the tests kill this process. Inert unless POSADA_FAULT names one.
+
+``POSADA_FAULT=fork.switched`` kills it (SIGKILL) when it gets there; ``POSADA_FAULT=fork.switched!`` raises OSError.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+
+_ARMED = os.environ.get("POSADA_FAULT", "")
+
+
+def point(name: str) -> None:
+    """Kill this process, or raise, if the tests ask for it here."""
+    if not _ARMED:
+        return
+    if name == _ARMED:
+        os.kill(os.getpid(), signal.SIGKILL)
+    if name + "!" == _ARMED:
+        raise OSError(f"fault injected at {name}")
