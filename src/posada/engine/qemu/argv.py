@@ -81,8 +81,7 @@ def build(
     _console(b, layout.agent)
     b.add("-device", f"virtio-balloon-pci,id=balloon,addr={SLOT_BALLOON:#x},free-page-reporting=on,deflate-on-oom=on")
     b.add("-object", "rng-builtin,id=entropy", "-device", f"virtio-rng-pci,id=rng,addr={SLOT_RNG:#x},rng=entropy")
-    if launch.generation_id:
-        b.add("-device", f"vmgenid,id=generation,guid={launch.generation_id}")
+    b.add("-device", f"vmgenid,id=generation,guid={launch.generation_id or 'auto'}")
     if layout.vsock:
         b.add("-device", f"vhost-vsock-pci,id=vsock,addr={SLOT_VSOCK:#x},guest-cid={cid},vhostfd={b.fd('vsock')}")
     _nics(b, launch, layout)

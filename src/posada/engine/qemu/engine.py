@@ -8,8 +8,8 @@ import signal
 from collections.abc import Sequence
 from pathlib import Path
 
-from posada.engine.base import Launch, Probe, Status, Usage
-from posada.engine.qemu import cgroups, machine, probe, process
+from posada.engine.base import Capture, Forked, Launch, NewLayer, Probe, SnapshotFiles, Status, Usage
+from posada.engine.qemu import capture, cgroups, fork, machine, probe, process
 from posada.engine.qemu.files import clear
 from posada.engine.qemu.layout import AGENT_PORTS, read_layout
 from posada.engine.qemu.machine import NAME, Machine
@@ -102,6 +102,20 @@ class QemuEngine:
             (Path(running.runtime) / "kill").touch(0o600)  # tells the keeper that this end was asked for
         process.send(running.process, signal.SIGKILL)
         await self.wait(running, timeout=30)
+
+    async def capture(self, running: Running, target: Path, layers: Sequence[NewLayer]) -> Capture:
+        return await capture.capture(running, target, layers)
+
+    async def switch(self, running: Running, layers: Sequence[NewLayer]) -> float:
+        return await capture.switch(running, layers)
+
+    async def restore(
+        self, launches: Sequence[Launch], snapshot: SnapshotFiles, *, paused: bool = False
+    ) -> Sequence[Running | Exception]:
+        return await fork.restore(launches, snapshot, self.facts(), paused=paused)
+
+    async def fork(self, running: Running, children: Sequence[Launch], layers: Sequence[NewLayer]) -> Forked:
+        return await fork.fork(running, children, layers, self.facts())
 
     def reap(self, launch_runtime: Path) -> None:
         clear(launch_runtime)

@@ -20,7 +20,7 @@ from posada.engine.qemu.layout import Layout, new_layout, read_layout
 from posada.engine.qemu.probe import Facts
 from posada.engine.qemu.spawn import Spawned, spawn
 from posada.errors import EngineError, EngineGone, Unsupported
-from posada.model.records import PortRecord, Running
+from posada.model.records import Running
 
 NAME = "qemu"
 
@@ -100,20 +100,19 @@ def new_cid() -> int:
     return secrets.randbelow((1 << 32) - 16) + 3
 
 
-async def started(spawned: Spawned, launch: Launch, layout: Layout, *, cid: int) -> Running:
-    """Speak with a QEMU that was just spawned, and make its record. Raises EngineError with QEMU's own words."""
-    forwards: list[PortRecord] = []
-    try:
-        async with qmp.connect(launch.runtime / "qmp.sock") as session:
-            if launch.spec.ports:
-                forwards = await ports.bound(session)
-    except EngineGone:
-        if not process.has_ended(spawned.process):
-            raise
+async def explain(spawned: Spawned, runtime: Path, error: EngineGone) -> EngineError:
+    """``error``, or what QEMU itself said if it has ended."""
+    if not process.has_ended(spawned.process):
+        return error
+    with contextlib.suppress(TimeoutError):
         await process.ended(spawned.keeper, 5)  # it writes the exit record
-        record = process.read_exit(launch.runtime)
-        detail = (record.stderr.strip() or record.reason) if record else ""
-        raise EngineError("QEMU ended at once", detail=detail[-2000:]) from None
+    record = process.read_exit(runtime)
+    detail = (record.stderr.strip() or record.reason) if record else error.message
+    return EngineError("QEMU ended at once", detail=detail[-2000:])
+
+
+async def record(session: qmp.Session, spawned: Spawned, launch: Launch, layout: Layout, *, cid: int) -> Running:
+    """What a later process needs to know of a machine that was just started."""
     private: dict[str, Any] = {"layout": msgspec.to_builtins(layout)}
     if cid:
         private["cid"] = cid
@@ -124,7 +123,7 @@ async def started(spawned: Spawned, launch: Launch, layout: Layout, *, cid: int)
         accelerator=layout.accelerator,
         started=time.time(),
         runtime=str(launch.runtime),
-        ports=tuple(forwards),
+        ports=tuple(await ports.bound(session)) if launch.spec.ports else (),
         private=private,
     )
 
@@ -139,7 +138,11 @@ async def start(launch: Launch, facts: Facts) -> Running:
         files.give("ram", ram.create(layout.memory))
         spawned = await spawn(launch, invocation, files, layout.accelerator)
     try:
-        running = await started(spawned, launch, layout, cid=cid)
+        try:
+            async with qmp.connect(launch.runtime / "qmp.sock") as session:
+                running = await record(session, spawned, launch, layout, cid=cid)
+        except EngineGone as error:
+            raise await explain(spawned, launch.runtime, error) from None
         write_running(launch.runtime, running)
         spawned.commit()
     except BaseException:

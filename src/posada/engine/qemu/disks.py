@@ -1,0 +1,122 @@
+"""Changing the block graph of a running machine: new layers, new disks."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from posada.engine.base import DiskFile, NewLayer
+from posada.engine.qemu.argv import blockdev
+from posada.engine.qemu.files import open_file
+from posada.engine.qemu.qmp import Session
+from posada.errors import EngineError
+
+
+async def give_file(session: Session, path: Path, *, writable: bool) -> int:
+    """Open a file for QEMU. Returns its fdset, which QEMU drops by itself once nothing uses it."""
+    fdset: int | None = None
+    for mode in (True, False) if writable else (False,):
+        fd = open_file(path, writable=mode)
+        try:
+            fdset = await session.add_fd(fd, fdset=fdset)
+        finally:
+            os.close(fd)
+    if fdset is None:
+        raise EngineError(f"nothing was opened of {path}")
+    return fdset
+
+
+async def add_node(
+    session: Session, path: Path, format: str, *, node: str, backing: str | None, writable: bool
+) -> None:
+    """Add a file and its format on top. On failure neither is there. Raises EngineError, HostError, ImageError."""
+    fdset = await give_file(session, path, writable=writable)
+    file, top = blockdev(node, format, fdset, backing=backing, writable=writable)
+    await session.execute("blockdev-add", **file)
+    try:
+        await session.execute("blockdev-add", **top)
+    except BaseException:
+        await remove_node(session, f"{node}-f")
+        raise
+
+
+async def remove_node(session: Session, node: str) -> None:
+    """Best effort: for undoing."""
+    with contextlib.suppress(EngineError):
+        await session.execute("blockdev-del", node_name=node)
+
+
+async def current_node(session: Session, name: str) -> str:
+    """The node a disk writes to. Raises EngineError when it has no such disk."""
+    for entry in await session.execute("query-block"):
+        if f"/disk-{name}/" in entry.get("qdev", "") + "/" and "inserted" in entry:
+            return str(entry["inserted"]["node-name"])
+    raise EngineError(f"the machine has no disk named {name!r}")
+
+
+class Switch:
+    """Putting new layers on disks: `prepare` while the machine runs, `commit` inside the pause.
+
+    ``switched`` names the disks that are on their new layers.
+    """
+
+    def __init__(self, session: Session, layers: Sequence[NewLayer]) -> None:
+        self._session, self._layers = session, layers
+        self._nodes: dict[str, str] = {}
+        self._actions: list[dict[str, Any]] = []
+        self.switched: tuple[str, ...] = ()
+
+    async def prepare(self) -> None:
+        """Open the new layers. On failure nothing has changed."""
+        try:
+            for layer in self._layers:
+                node = f"n{secrets.token_hex(6)}"
+                await add_node(self._session, layer.path, layer.format, node=node, backing=None, writable=True)
+                self._nodes[layer.disk] = node
+                data = {"node": await current_node(self._session, layer.disk), "overlay": node}
+                self._actions.append({"type": "blockdev-snapshot", "data": data})
+        except BaseException:
+            await self.undo()
+            raise
+
+    async def commit(self) -> None:
+        """All disks or none. Raises EngineError."""
+        if self.switched or not self._actions:
+            return
+        await self._session.execute("transaction", timeout=60, actions=self._actions)
+        self.switched = tuple(self._nodes)
+
+    async def undo(self) -> None:
+        """Close the new layers, unless they are in use already."""
+        if self.switched:
+            return
+        for node in self._nodes.values():
+            await remove_node(self._session, node)
+            await remove_node(self._session, f"{node}-f")
+        self._nodes.clear()
+
+
+async def add_chain(session: Session, disk: DiskFile, slot: int) -> list[str]:
+    """Open every file of a disk. Returns the nodes, lowest first; on failure none is left."""
+    nodes: list[str] = []
+    try:
+        for i, (path, format) in enumerate(disk.chain):
+            node = f"d{slot}-{secrets.token_hex(6)}"
+            writable = not disk.readonly and i == len(disk.chain) - 1
+            backing = nodes[-1] if nodes else None
+            await add_node(session, path, format, node=node, backing=backing, writable=writable)
+            nodes.append(node)
+    except BaseException:
+        await remove_chain(session, nodes)
+        raise
+    return nodes
+
+
+async def remove_chain(session: Session, nodes: Sequence[str]) -> None:
+    for node in reversed(nodes):
+        await remove_node(session, node)
+        await remove_node(session, f"{node}-f")
