@@ -121,6 +121,16 @@ class QemuEngine:
         clear(launch_runtime)
         cgroups.remove(launch_runtime.name)
 
+    async def abandon(self, launch_runtime: Path) -> None:
+        # A QEMU that is not in the record yet is not committed either: its keeper ends it, its client being dead.
+        running = self.find(launch_runtime)
+        if running is not None:
+            await self.kill(running)
+        self.reap(launch_runtime)
+
+    async def disown(self, running: Running) -> None:
+        (Path(running.runtime) / "disowned").touch(0o600)  # the keeper looks when the owner dies
+
     def agent_channels(self, running: Running) -> Sequence[Path]:
         ports = AGENT_PORTS if read_layout(running.private).agent else 0
         return [Path(running.runtime) / f"agent{i}.sock" for i in range(ports)]

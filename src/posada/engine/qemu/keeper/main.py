@@ -163,8 +163,9 @@ class Keeper:
         elif fd == job.control:
             self._control()
         elif fd == self.owner:
-            self.end("its owner is gone")
             self.poll.unregister(fd)
+            if not os.path.exists(f"{job.runtime}/disowned"):
+                self.end("its owner is gone")
         elif fd == self.wake_r:
             os.read(fd, 64)
             self.end("killed")
