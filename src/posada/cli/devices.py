@@ -68,7 +68,7 @@ async def detach(host: Host, vm: str, name: str) -> None:
 
 @click.command()
 @vm_argument
-@click.option("-a", "--add", multiple=True, metavar="[[ADDRESS:]HOST:]GUEST[/udp]", help="Forward one more. Repeatable.")
+@click.option("-a", "--add", multiple=True, metavar="[[ADDRESS:]HOST:]GUEST[/udp]", help="Forward one. Repeatable.")
 @click.option("--rm", "remove", multiple=True, type=int, metavar="GUEST", help="Stop forwarding. Repeatable.")
 @formatted
 @hosted

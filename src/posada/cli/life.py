@@ -1,4 +1,4 @@
-"""Verbs of a machine's life: start, stop, kill, pause, resume, restart, wait, rm, rename. Most take several machines."""
+"""Verbs of a machine's life: start, stop, kill, pause, resume, restart, wait, rm, rename. Most take several."""
 
 from __future__ import annotations
 
@@ -36,7 +36,8 @@ async def each(host: Host, refs: Sequence[str], act: Callable[[VM], Awaitable[ob
 @click.command()
 @vms_argument
 @click.option("--wait/--no-wait", default=True, show_default=True, help="Return when the guest is ready.")
-@click.option("--timeout", metavar="TIME", default="60", show_default=True, callback=seconds, help="Wait at most so long.")
+@click.option("--timeout", metavar="TIME", default="60", show_default=True, callback=seconds,
+              help="Wait at most so long.")
 @formatted
 @hosted
 async def start(host: Host, vms: Sequence[str], wait: bool, timeout: float) -> int:

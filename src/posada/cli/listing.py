@@ -120,7 +120,8 @@ async def _usage(vm: VM) -> dict[str, Any] | None:
 
 
 @click.command()
-@click.option("-d", "--delay", type=click.FloatRange(min=0.1), default=2.0, show_default=True, help="Seconds between two looks.")
+@click.option("-d", "--delay", type=click.FloatRange(min=0.1), default=2.0, show_default=True,
+              help="Seconds between two looks.")
 @click.option("-n", "--count", type=click.IntRange(min=1), help="Look so often, then end.")
 @formatted
 @hosted

@@ -1,7 +1,7 @@
 """``posada``: the tree of verbs and the way out of it (exit statuses, errors).
 
-Modules of verbs import only click and their neighbours at the top; everything else is imported by the verb that runs, so
-that ``posada version`` starts in the time Python and click need.
+Modules of verbs import only click and their neighbours at the top; everything else is imported by the verb that runs,
+so that ``posada version`` starts in the time Python and click need.
 """
 
 from __future__ import annotations

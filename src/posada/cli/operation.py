@@ -112,4 +112,5 @@ async def events(host: Host, follow: bool, after: int | None, limit: int) -> Non
 
 def _line(event: Event) -> str:
     data = " ".join(f"{key}={value}" for key, value in event.data.items())
-    return output.clean(f"{event.id:>6}  {output.when(event.time)}  {event.kind:<24}  {event.name or '-'}  {data}".rstrip())
+    text = f"{event.id:>6}  {output.when(event.time)}  {event.kind:<24}  {event.name or '-'}  {data}"
+    return output.clean(text.rstrip())

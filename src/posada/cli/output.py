@@ -68,7 +68,8 @@ def columns(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A table with aligned columns."""
     lines = [list(header), *([clean(cell) for cell in row] for row in rows)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines)
+    padded = ([cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in lines)
+    return "\n".join("  ".join(line).rstrip() for line in padded)
 
 
 def fields(pairs: Iterable[tuple[str, str]]) -> str:
@@ -103,7 +104,9 @@ def note(message: str) -> None:
         print(f"posada: {message}", file=sys.stderr)
 
 
-def fail(message: str, *, kind: str, status: int, hint: str | None = None, more: Mapping[str, Any] | None = None) -> int:
+def fail(
+    message: str, *, kind: str, status: int, hint: str | None = None, more: Mapping[str, Any] | None = None
+) -> int:
     """Print an error; the exit status."""
     sys.stdout.flush()
     if chosen == "json":

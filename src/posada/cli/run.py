@@ -104,6 +104,7 @@ def _read_file(path: str) -> dict[str, Any]:
 @hosted
 async def run(
     host: Host,
+    /,
     image: str | None,
     command: tuple[str, ...],
     detach: bool,
@@ -119,8 +120,8 @@ async def run(
 ) -> int:
     """Make a machine, boot it, and open a shell or run a command in it.
 
-    The image is built if it is not there. The machine is deleted when the shell or the command ends, and the exit status
-    is the command's; --keep keeps it, -d leaves it running.
+    The image is built if it is not there. The machine is deleted when the shell or the command ends, and the exit
+    status is the command's; --keep keeps it, -d leaves it running.
 
     \b
     posada run debian:12
@@ -180,7 +181,7 @@ async def _in_it(
 @formatted
 @image_argument
 @hosted
-async def create(host: Host, image: str | None, **options: Any) -> None:
+async def create(host: Host, /, image: str | None, **options: Any) -> None:
     """Make a machine and leave it off.
 
     \b

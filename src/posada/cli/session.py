@@ -11,42 +11,45 @@ if TYPE_CHECKING:
     from posada.aio import Host
 
 P = ParamSpec("P")
+Work = Coroutine[Any, Any, int | None]
 
 
-def hosted(
-    function: Callable[Concatenate[Host, P], Coroutine[Any, Any, int | None]],
-) -> Callable[P, int | None]:
+def hosted(function: Callable[Concatenate[Host, P], Work]) -> Callable[P, int | None]:
     """Turn a coroutine ``verb(host, …)`` into what click calls. It returns the exit status (None: 0)."""
 
     @functools.wraps(function)
     def verb(*args: P.args, **kwargs: P.kwargs) -> int | None:
-        import asyncio
+        async def work() -> int | None:
+            from posada.client._async.host import connect
 
-        return asyncio.run(_connected(function, args, kwargs))
+            async with connect() as host:
+                return await function(host, *args, **kwargs)
+
+        return drive(work())
 
     return verb
 
 
-async def _connected(function: Callable[..., Coroutine[Any, Any, int | None]], args: Any, kwargs: Any) -> int | None:
-    """Ctrl-C cancels this task (asyncio.run), and so do SIGTERM and SIGHUP: whatever is going on cleans up."""
+def drive(work: Work) -> int | None:
+    """Run it to its end. Ctrl-C cancels it (asyncio.run does that), and so do SIGTERM and SIGHUP: it cleans up."""
     import asyncio
 
-    from posada.client._async.host import connect
+    async def guarded() -> int | None:
+        loop, task = asyncio.get_running_loop(), asyncio.current_task()
+        ended: list[int] = []
 
-    loop, task = asyncio.get_running_loop(), asyncio.current_task()
-    ended: list[int] = []
+        def end(number: int) -> None:
+            ended.append(number)
+            if task is not None:
+                task.cancel()
 
-    def end(number: int) -> None:
-        ended.append(number)
-        if task is not None:
-            task.cancel()
-
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        loop.add_signal_handler(number, end, number)
-    try:
-        async with connect() as host:
-            return await function(host, *args, **kwargs)
-    except asyncio.CancelledError:
-        if ended:
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            loop.add_signal_handler(number, end, number)
+        try:
+            return await work
+        except asyncio.CancelledError:
+            if not ended:
+                raise
             return 128 + ended[0]
-        raise
+
+    return asyncio.run(guarded())

@@ -55,7 +55,9 @@ def vm_in_full(record: VmRecord) -> dict[str, Any]:
         "accelerator": running.accelerator if running else None,
         "pid": running.process.pid if running else None,
         "macs": list(record.macs),
-        "disks": [{"name": d.name, "size": d.size, "readonly": d.readonly, "layers": len(d.chain)} for d in record.disks],
+        "disks": [
+            {"name": d.name, "size": d.size, "readonly": d.readonly, "layers": len(d.chain)} for d in record.disks
+        ],
         "snapshot": record.head,
         "spec": msgspec.to_builtins(record.spec),
     }

@@ -65,7 +65,7 @@ def _schema() -> str:
     return json.dumps(json_schema(), indent=2)
 
 
-#: What each field means: field → (how it is written, what it is). tests/unit/test_cli_spec.py compares it with the model.
+#: Field → (how it is written, what it means). tests/unit/test_cli_spec.py compares it with the model.
 FIELDS: dict[str, tuple[str, str]] = {
     "version": ("1", "version of the spec's format"),
     "name": ("text", "1-63 of a-z, 0-9 and -; made up when left out"),

@@ -147,7 +147,7 @@ async def wait_for_port(machines: Machines, vm: str, port: int, host: str, timeo
             raise
         except GuestError:
             return False
-        await stream.close()
+        stream.close()
         return True
 
     await _until(accepts, timeout, f"port {port} of {host} in the guest")

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +13,7 @@ from posada.model.progress import quiet
 
 if TYPE_CHECKING:
     from posada.host.host import Host
+    from posada.model.capabilities import Capabilities
     from posada.model.progress import Progress
     from posada.model.records import VmRecord
 
@@ -24,7 +24,7 @@ class Core:
     def __init__(self, host: Host) -> None:
         self.host = host
         self.ephemeral: set[str] = set()
-        self.closed = False
+        self._holder = asyncio.create_task(self._hold(), name="posada-connection")
 
     async def launch(self, spec: MachineSpec, *, progress: Progress | None, timeout: float | None) -> VmRecord:
         """Create, start, wait until ready. On failure or cancellation nothing is left of it.
@@ -35,7 +35,7 @@ class Core:
         record = await self.create(spec, progress=report)
         try:
             record = await self.host.vms.start(record.uuid, progress=report)
-            if has_agent(self.host, record):
+            if self.host.house.has_agent(record):
                 report(None, f"waiting for {record.name}")
                 await self.host.vms.wait_ready(record.uuid, timeout=timeout)
             return self.host.vms.get(record.uuid)
@@ -66,22 +66,30 @@ class Core:
         except NotFound:
             pass
 
-    async def close(self) -> None:
-        if self.closed:
-            return
-        self.closed = True
+    @property
+    def closed(self) -> bool:
+        return self._holder.done()
+
+    async def _hold(self) -> None:
+        """Wait for nothing, then close it.
+
+        Loops cancel their tasks when they end (`asyncio.run` does), and that is the only hook there is for "the loop
+        ends and nobody has closed it".
+        """
         try:
-            await asyncio.gather(*(self.delete(uuid) for uuid in tuple(self.ephemeral)), return_exceptions=True)
+            await asyncio.get_running_loop().create_future()
         finally:
-            await self.host.close()
+            try:
+                await asyncio.gather(*(self.delete(uuid) for uuid in tuple(self.ephemeral)), return_exceptions=True)
+            finally:
+                await self.host.close()
 
-
-def has_agent(host: Host, record: VmRecord) -> bool:
-    """Whether posada's agent runs in the guest: its image has it and boots by its own kernel."""
-    if record.image is None or record.spec.boot.kernel is not None or record.spec.boot.initrd is not None:
-        return False
-    image = host.images.resolve(record.image)
-    return image is not None and image.agent
+    async def close(self) -> None:
+        """Idempotent."""
+        self._holder.cancel()
+        await asyncio.wait([self._holder])
+        if not self._holder.cancelled():
+            self._holder.result()
 
 
 async def open_core(url: str | None = None, *, home: Path | None = None, runtime: Path | None = None) -> Core:
@@ -92,50 +100,33 @@ async def open_core(url: str | None = None, *, home: Path | None = None, runtime
         )
     from posada.host.host import Host
 
-    return Core(await Host.open(home, runtime))
+    core = Core(await Host.open(home, runtime))
+    await asyncio.sleep(0)  # its holder must have begun: a task that is cancelled before that does not run at all
+    return core
 
 
-@dataclass
-class _Shared:
-    """The connection that `posada.run` and `posada.create` use in one event loop.
+def engine_capabilities(name: str | None) -> Capabilities:
+    """What an engine can do on this host; None: the one that is chosen."""
+    from posada.engine.registry import choose, load
 
-    It is held by an async generator that waits at its only yield: a loop closes its async generators when it ends
-    (`loop.shutdown_asyncgens`), and that is the only hook there is for "the loop ends".
-    """
-
-    holder: AsyncGenerator[Core, None]
-    opening: asyncio.Future[Core]
-
-    @property
-    def usable(self) -> bool:
-        if not self.opening.done():
-            return True
-        return not self.opening.cancelled() and self.opening.exception() is None and not self.opening.result().closed
+    return (choose(MachineSpec()) if name is None else load(name)).capabilities()
 
 
-_shared: dict[tuple[asyncio.AbstractEventLoop, Path], _Shared] = {}
-
-
-async def _hold(key: tuple[asyncio.AbstractEventLoop, Path]) -> AsyncGenerator[Core, None]:
-    core = await open_core()
-    try:
-        yield core
-    finally:
-        _shared.pop(key, None)
-        await core.close()
+_shared: dict[tuple[asyncio.AbstractEventLoop, Path], asyncio.Task[Core]] = {}
 
 
 async def shared_core() -> Core:
-    """This loop's connection to the default state directory, opened at the first call, closed when the loop ends."""
+    """The connection to the default state directory that `posada.run` and `posada.create` use in this event loop."""
     from posada.host.paths import Paths
 
     key = (asyncio.get_running_loop(), Paths.default().home)
-    shared = _shared.get(key)
-    if shared is None or not shared.usable:
-        holder = _hold(key)
-        shared = _shared[key] = _Shared(holder, asyncio.ensure_future(_first(holder)))
-    return await asyncio.shield(shared.opening)
+    opening = _shared.get(key)
+    if opening is None or (opening.done() and not _usable(opening)):
+        for old in [k for k in _shared if k[0].is_closed()]:
+            del _shared[old]
+        opening = _shared[key] = asyncio.create_task(open_core(), name="posada-open")
+    return await asyncio.shield(opening)
 
 
-async def _first(holder: AsyncGenerator[Core, None]) -> Core:
-    return await anext(holder)
+def _usable(opening: asyncio.Task[Core]) -> bool:
+    return not opening.cancelled() and opening.exception() is None and not opening.result().closed

@@ -11,7 +11,7 @@ from posada.errors import CommandError, GuestError, Timeout
 from posada.model.exec import ExecResult, Output, Pty
 
 if TYPE_CHECKING:
-    from posada.guest.client import GuestProcess
+    from posada.guest.process import GuestProcess
     from posada.host.machines import Machines
 
 T = TypeVar("T")

@@ -127,13 +127,17 @@ class Portal:
         self._loop.call_soon_threadsafe(begin)
 
     def close(self) -> None:
-        """Close what is open (`posada.client._core` hooks in through async generators) and end the thread."""
+        """End what goes on, close what is open (`posada.client._core` holds it in tasks), and end the thread."""
         if os.getpid() != self.pid or self._closed:
             return
 
         async def shut() -> None:
+            others = asyncio.all_tasks() - {asyncio.current_task()}
+            for task in others:
+                task.cancel()
             try:
                 async with asyncio.timeout(CLOSE_TIMEOUT):
+                    await asyncio.gather(*others, return_exceptions=True)
                     await self._loop.shutdown_asyncgens()
                     await self._loop.shutdown_default_executor()
             except TimeoutError:

@@ -12,7 +12,7 @@ from posada.client._sync.images import Images
 from posada.client._sync.operations import Events, Operations
 from posada.client._sync.vm import VM
 from posada.client._sync.vms import Vms
-from posada.client._core import Core, open_core, shared_core
+from posada.client._core import Core, engine_capabilities, open_core, shared_core
 from posada.client._fields import SpecFields, build_spec
 from posada.client._runtime import SyncRuntime
 from posada.model.machine import MachineSpec
@@ -20,6 +20,7 @@ from posada.model.machine import MachineSpec
 if TYPE_CHECKING:
     from posada.host.doctor import Check
     from posada.host.recovery import RecoverReport
+    from posada.model.capabilities import Capabilities
     from posada.model.progress import Progress
 
 
@@ -57,6 +58,10 @@ class Host:
     ) -> VM:
         """As `posada.run`, on this host."""
         return self.vms.run(image, spec=spec, keep=keep, timeout=timeout, progress=progress, **fields)
+
+    def capabilities(self, engine: str | None = None) -> Capabilities:
+        """What an engine can do on this host; None: the one that posada chooses. Raises HostError, SpecError."""
+        return self._rt.now(engine_capabilities, engine)
 
     def doctor(self) -> list[Check]:
         """What this host can do, measured: engines, tools, permissions, space. Each check with what would help."""

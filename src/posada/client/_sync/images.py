@@ -17,6 +17,7 @@ from posada.model.records import ImageRecord
 from posada.model.units import parse_size
 
 if TYPE_CHECKING:
+    from posada.images.store import ImageStore
     from posada.model.progress import Progress
 
 
@@ -75,7 +76,10 @@ class Images:
     def __init__(self, rt: SyncRuntime, core: Core) -> None:
         self._rt = rt
         self._core = core
-        self._store = core.host.images
+
+    @property
+    def _store(self) -> ImageStore:
+        return self._core.host.images
 
     def list(self) -> builtins.list[Image]:
         """All images of this host."""

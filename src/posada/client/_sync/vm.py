@@ -13,7 +13,7 @@ from posada.client._sync.process import Process
 from posada.client._sync.snapshot import Snapshot
 from posada.client._sync.waiting import Waiter
 from posada.client._console import ConsoleStream, follow_log, read_log
-from posada.client._core import Core, has_agent
+from posada.client._core import Core
 from posada.client._exec import open_command, parse_command, run_command, shell_argv
 from posada.client._fields import ExecOptions
 from posada.client._ports import Port, port_table
@@ -91,7 +91,7 @@ class VM:
     @property
     def has_agent(self) -> bool:
         """Whether posada's agent is in the guest, so that exec, files and fork's new identities work."""
-        return self._rt.now(has_agent, self._core.host, self.record)
+        return self._rt.now(self._core.host.house.has_agent, self.record)
 
     # ------------------------------------------------------------------ commands
 
