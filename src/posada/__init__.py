@@ -56,9 +56,12 @@ if TYPE_CHECKING:
         ProtocolError,
         SpecError,
         StateError,
+        StreamClosed,
         Timeout,
         Unsupported,
     )
+    from posada.host.doctor import Check
+    from posada.host.recovery import RecoverReport
     from posada.model.capabilities import Capabilities, Feature, Verdict
     from posada.model.exec import ExecResult, Output
     from posada.model.files import (
@@ -112,8 +115,10 @@ _HOMES = {
     "posada.errors": (
         "AlreadyExists Busy Cancelled CommandError EngineError EngineGone ForkError GuestError GuestGone "
         "HostError ImageError InUse InvalidState NotFound PosadaError ProtocolError SpecError StateError "
-        "Timeout Unsupported"
+        "StreamClosed Timeout Unsupported"
     ),
+    "posada.host.doctor": "Check",
+    "posada.host.recovery": "RecoverReport",
     "posada.model.capabilities": "Capabilities Feature Verdict",
     "posada.model.exec": "ExecResult Output",
     "posada.model.files": "DirEntry FileInfo FileType Transfer",
@@ -130,15 +135,15 @@ _HOMES = {
 _MODULE_OF = {name: module for module, names in _HOMES.items() for name in names.split()}
 
 __all__ = [
-    "VM", "AlreadyExists", "Busy", "Cancelled", "Capabilities", "CloudInit", "CommandError", "Console", "DirEntry",
-    "DirectKernel", "DiskSpec", "EngineError", "EngineGone", "Event", "Events", "ExecOptions", "ExecResult",
-    "Feature", "FileInfo", "FileType", "Files", "ForkError", "GuestError", "GuestGone", "Host", "HostError", "Image",
-    "ImageError", "ImageRecord", "Images", "InUse", "InvalidState", "Limits", "MachineSpec", "NicSpec", "NotFound",
-    "Operation", "OperationRecord", "OperationState", "Operations", "Output", "Port", "PortRecord", "PortSpec",
-    "PosadaError", "Process", "Progress", "ProtocolError", "Snapshot", "SnapshotKind", "SnapshotRecord", "SpecError",
-    "SpecFields", "State", "StateError", "Timeout", "Transfer", "Unsupported", "Usage", "Verdict", "VmRecord", "Vms",
-    "Waiter", "__version__", "aio", "connect", "create", "make_spec", "run", "spec_from_json", "spec_from_yaml",
-    "spec_to_json", "spec_to_yaml",
+    "VM", "AlreadyExists", "Busy", "Cancelled", "Capabilities", "Check", "CloudInit", "CommandError", "Console",
+    "DirEntry", "DirectKernel", "DiskSpec", "EngineError", "EngineGone", "Event", "Events", "ExecOptions",
+    "ExecResult", "Feature", "FileInfo", "FileType", "Files", "ForkError", "GuestError", "GuestGone", "Host",
+    "HostError", "Image", "ImageError", "ImageRecord", "Images", "InUse", "InvalidState", "Limits", "MachineSpec",
+    "NicSpec", "NotFound", "Operation", "OperationRecord", "OperationState", "Operations", "Output", "Port",
+    "PortRecord", "PortSpec", "PosadaError", "Process", "Progress", "ProtocolError", "RecoverReport", "Snapshot",
+    "SnapshotKind", "SnapshotRecord", "SpecError", "SpecFields", "State", "StateError", "StreamClosed", "Timeout",
+    "Transfer", "Unsupported", "Usage", "Verdict", "VmRecord", "Vms", "Waiter", "__version__", "aio", "connect",
+    "create", "make_spec", "run", "spec_from_json", "spec_from_yaml", "spec_to_json", "spec_to_yaml",
 ]
 
 

@@ -120,7 +120,9 @@ def execute(argv: Sequence[str]) -> int:
         return output.fail(error.format_message(), kind=type(error).__name__, status=1)
     except (click.Abort, KeyboardInterrupt):
         return 130
-    except BrokenPipeError:
+    except BrokenPipeError as error:
+        if hasattr(error, "hint"):  # a guest's, not ours
+            return output.fail_with(error)
         # Whoever read our output has gone. Python would complain once more when it flushes at its end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 141
