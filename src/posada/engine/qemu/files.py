@@ -13,7 +13,9 @@ from posada.engine.qemu.qmp import unix_socket
 from posada.errors import EngineError, HostError, ImageError
 
 #: Files of an earlier run of the same vm, and of this one, in the runtime directory.
-LEFTOVERS = ("qmp.sock", "console.sock", "exit.json", ".exit.json", "paused", "kill", "activity", "running.json", "disowned")
+LEFTOVERS = (
+    "qmp.sock", "console.sock", "exit.json", ".exit.json", "paused", "kill", "activity", "running.json", "disowned",
+)  # fmt: skip
 
 
 def open_file(path: Path, *, writable: bool) -> int:

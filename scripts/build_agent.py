@@ -1,0 +1,96 @@
+#!/usr/bin/env python3
+"""Build the guest agent (agent/*.c) with zig's C compiler: static, musl, the same bytes every time.
+
+    build_agent.py [--arch x86_64 --arch aarch64] [--out DIR] [--check-reproducible]
+
+Standard library only: the wheel's build hook and a checkout's first use run it before anything is installed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import hashlib
+import importlib.util
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+SOURCES = ROOT / "agent"
+OUT = ROOT / "src" / "posada" / "guest" / "bin"
+ARCHES = ("x86_64", "aarch64")
+FLAGS = [
+    "-std=gnu11", "-Os", "-static", "-s", "-Wall", "-Wextra", "-Werror",
+    "-ffunction-sections", "-fdata-sections", "-Wl,--gc-sections", "-Wl,--build-id=none",
+    # The tree's place must not show in the binary.
+    f"-ffile-prefix-map={ROOT}=.", "-g0", "-fno-ident",
+]  # fmt: skip
+
+
+def inputs() -> list[Path]:
+    return sorted(SOURCES.glob("*.[ch]"))
+
+
+def fingerprint() -> str:
+    """Changes when the sources or the way they are compiled change."""
+    digest = hashlib.sha256(" ".join(f for f in FLAGS if str(ROOT) not in f).encode())
+    for path in inputs():
+        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()
+
+
+def compile_agent(arch: str, target: Path) -> None:
+    """Raises subprocess.CalledProcessError, whose output is the compiler's."""
+    sources = [p.relative_to(ROOT).as_posix() for p in inputs() if p.suffix == ".c"]
+    command = [sys.executable, "-m", "ziglang", "cc", "-target", f"{arch}-linux-musl", *FLAGS, "-o", str(target), *sources]
+    subprocess.run(command, check=True, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def build(arch: str, out: Path = OUT) -> Path:
+    """The agent of ``arch``, built only when the sources changed. Several processes may call it at once."""
+    out.mkdir(parents=True, exist_ok=True)
+    binary, stamp = out / f"posada-agent-{arch}", out / f".posada-agent-{arch}.stamp"
+    with open(out / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        wanted = fingerprint()
+        if binary.exists() and stamp.exists() and stamp.read_text() == wanted:
+            return binary
+        with tempfile.TemporaryDirectory(dir=out) as scratch:
+            fresh = Path(scratch) / binary.name
+            compile_agent(arch, fresh)
+            fresh.chmod(0o755)
+            os.replace(fresh, binary)
+        stamp.write_text(wanted)
+    return binary
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("--arch", action="append", choices=ARCHES, help="default: all")
+    parser.add_argument("--out", type=Path, default=OUT)
+    parser.add_argument("--check-reproducible", action="store_true", help="build again and compare the bytes")
+    options = parser.parse_args()
+    if importlib.util.find_spec("ziglang") is None:
+        print("build_agent: the ziglang package is missing: pip install 'ziglang>=0.13,<1'", file=sys.stderr)
+        return 1
+    for arch in options.arch or ARCHES:
+        try:
+            binary = build(arch, options.out)
+            if options.check_reproducible:
+                with tempfile.TemporaryDirectory() as scratch:
+                    compile_agent(arch, Path(scratch) / "again")
+                    if (Path(scratch) / "again").read_bytes() != binary.read_bytes():
+                        print(f"build_agent: {arch} differs from one build to the next", file=sys.stderr)
+                        return 1
+        except subprocess.CalledProcessError as error:
+            print(error.stdout, file=sys.stderr)
+            return 1
+        print(f"{binary}  {binary.stat().st_size} bytes")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
