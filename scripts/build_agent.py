@@ -23,7 +23,7 @@ SOURCES = ROOT / "agent"
 OUT = ROOT / "src" / "posada" / "guest" / "bin"
 ARCHES = ("x86_64", "aarch64")
 FLAGS = [
-    "-std=gnu11", "-Os", "-static", "-s", "-Wall", "-Wextra", "-Werror",
+    "-std=gnu11", "-D_GNU_SOURCE", "-Os", "-static", "-s", "-Wall", "-Wextra", "-Werror",
     "-ffunction-sections", "-fdata-sections", "-Wl,--gc-sections", "-Wl,--build-id=none",
     # The tree's place must not show in the binary.
     f"-ffile-prefix-map={ROOT}=.", "-g0", "-fno-ident",
@@ -45,8 +45,8 @@ def fingerprint() -> str:
 def compile_agent(arch: str, target: Path) -> None:
     """Raises subprocess.CalledProcessError, whose output is the compiler's."""
     sources = [p.relative_to(ROOT).as_posix() for p in inputs() if p.suffix == ".c"]
-    command = [sys.executable, "-m", "ziglang", "cc", "-target", f"{arch}-linux-musl", *FLAGS, "-o", str(target), *sources]
-    subprocess.run(command, check=True, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    compiler = [sys.executable, "-m", "ziglang", "cc", "-target", f"{arch}-linux-musl"]
+    subprocess.run([*compiler, *FLAGS, "-o", str(target), *sources], check=True, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 def build(arch: str, out: Path = OUT) -> Path:
