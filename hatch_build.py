@@ -15,6 +15,8 @@ class AgentHook(BuildHookInterface):  # type: ignore[type-arg]
     PLUGIN_NAME = "custom"
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
+        if version == "editable":
+            return  # a checkout builds what it needs when it needs it (posada.guest.binary)
         sys.path.insert(0, str(Path(self.root) / "scripts"))
         import build_agent
 
