@@ -117,6 +117,9 @@ async def build_debian(
         }
         hook = resources.files("posada.images").joinpath("debian-hook.sh").read_text()
         argv = [
+            # mmdebstrap run by root mounts proc, sys and dev below the tree: in a namespace of its own they are gone with
+            # it, however it dies, and nobody who removes the tree can walk into them.
+            *(("unshare", "--mount", "--propagation=private") if os.geteuid() == 0 else ()),
             "mmdebstrap", "--variant=minbase", "--format=null", f"--architectures={ARCHES[arch]}",
             f"--include={','.join(chosen)}",
             "--skip=cleanup/apt,cleanup/mmdebstrap,cleanup/reproducible,cleanup/run,cleanup/tmp",
@@ -125,7 +128,7 @@ async def build_debian(
         ]  # fmt: skip
         try:
             await run_tool(
-                argv, package="mmdebstrap", pass_fds=(disk, kernel, modules), env=settings, on_line=_watch(progress)
+                argv, package="util-linux", pass_fds=(disk, kernel, modules), env=settings, on_line=_watch(progress)
             )
         except ToolFailed as error:
             raise _explain(error) from error
@@ -190,6 +193,9 @@ def _explain(error: ToolFailed) -> Exception:
     if re.search(r"Temporary failure resolving|Could not connect|Failed to fetch|Cannot initiate the conn", output):
         first = next((line for line in output.splitlines() if line.startswith(("E:", "Err:"))), "")
         return HostError(f"the Debian mirror does not answer: {first}", hint="check the network and apt's sources")
+    if "unshare failed" in output or "unable to pick chroot mode" in output:
+        hint = "allow user namespaces to this user, or (in a container) mount namespaces to root"
+        return HostError("namespaces are not permitted here, and building an image needs them", hint=hint)
     if "/etc/subuid" in output or "newuidmap" in output:
         add = "usermod --add-subuids 100000-165535 --add-subgids 100000-165535 USER"
         return HostError("this user has no range of subordinate user ids", hint=f"as root: {add}")
