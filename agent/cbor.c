@@ -201,6 +201,16 @@ void cbor_put_int(struct cbor_out *o, int64_t n)
 		put_head(o, 0, (uint64_t)n);
 }
 
+void cbor_put_double(struct cbor_out *o, double d)
+{
+	uint8_t item[9] = {7 << 5 | 27};
+	uint64_t bits;
+	memcpy(&bits, &d, sizeof bits);
+	for (int i = 0; i < 8; i++)
+		item[1 + i] = (uint8_t)(bits >> (56 - 8 * i));
+	put(o, item, sizeof item);
+}
+
 void cbor_put_bool(struct cbor_out *o, bool b)
 {
 	put_head(o, 7, b ? 21 : 20);

@@ -47,6 +47,7 @@ struct cbor_out {
 
 void cbor_put_uint(struct cbor_out *o, uint64_t n);
 void cbor_put_int(struct cbor_out *o, int64_t n);
+void cbor_put_double(struct cbor_out *o, double d);
 void cbor_put_bool(struct cbor_out *o, bool b);
 void cbor_put_bytes(struct cbor_out *o, const void *p, size_t n);
 void cbor_put_text(struct cbor_out *o, const char *text);

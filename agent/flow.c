@@ -194,14 +194,20 @@ void sink_data(struct sink *sink, const uint8_t *p, size_t n)
 		return;
 	}
 	buf_append(&sink->waiting, p, n);
-	if (!sink->watch.events)
+	if (!sink->watch.events && !sink->hold)
 		sink_flush(sink);
+}
+
+void sink_writable(struct sink *sink)
+{
+	sink->hold = false;
+	sink_flush(sink);
 }
 
 void sink_eof(struct sink *sink)
 {
 	sink->eof = true;
-	if (!sink->watch.events)
+	if (!sink->watch.events && !sink->hold)
 		sink_flush(sink);
 }
 

@@ -34,6 +34,7 @@ struct sink {
 	struct stream *stream;
 	struct buf waiting;
 	size_t debt;                       /* of `waiting`: came by an earlier stream, so no credit is due for it */
+	bool hold;                         /* nothing can be written yet (sink_writable) */
 	bool eof;                          /* close when all is written */
 	void (*finish)(struct sink *sink); /* instead of closing: shutdown(2), or ^D on a terminal */
 };
@@ -41,6 +42,7 @@ struct sink {
 void sink_start(struct sink *sink, int fd, struct stream *s);
 void sink_data(struct sink *sink, const uint8_t *p, size_t n);
 void sink_eof(struct sink *sink);
+void sink_writable(struct sink *sink);
 void sink_attach(struct sink *sink, struct stream *s);
 void sink_free(struct sink *sink);
 
