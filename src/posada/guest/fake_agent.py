@@ -11,6 +11,7 @@ import os
 import platform
 import secrets
 import shutil
+import signal
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -50,6 +51,7 @@ class FakeGuest:
         self.on_power = on_power
         """Called with ``poweroff`` or ``reboot``."""
         self._last_exec = 0
+        self.hangups: dict[asyncio.Future[None], FakeExec] = {}
         self._servers: list[tuple[asyncio.Server, Path]] = []
         self._thaw: asyncio.TimerHandle | None = None
 
@@ -80,8 +82,12 @@ class FakeGuest:
             self._thaw.cancel()
         for link in list(self.links):
             link.abort()
-        for process in list(self.execs.values()):
-            await process.destroy()
+        for process in self.hangups.values():
+            process.kill(signal.SIGKILL)
+        if self.hangups:
+            await asyncio.wait(list(self.hangups))
+        while self.execs:
+            await self.execs.popitem()[1].destroy()
         if self._own_root:
             shutil.rmtree(self.root, ignore_errors=True)
 
@@ -109,6 +115,18 @@ class FakeGuest:
         self._last_exec += 1
         self.execs[self._last_exec] = process
         return self._last_exec
+
+    async def forget(self, process: FakeExec) -> None:
+        """It has ended, and its client knows."""
+        if self.execs.pop(process.number, None) is not None:
+            await process.destroy()
+
+    def hang_up(self, process: FakeExec) -> None:
+        """Its client has gone: SIGHUP, then SIGKILL."""
+        if self.execs.pop(process.number, None) is not None:
+            task = asyncio.ensure_future(process.hang_up())
+            self.hangups[task] = process
+            task.add_done_callback(self.hangups.pop)
 
     def fork_prepare(self, token: bytes) -> None:
         self.token = token

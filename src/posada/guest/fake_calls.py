@@ -100,7 +100,7 @@ def _metrics(guest: FakeGuest, args: dict[str, Any]) -> dict[str, Any]:
 def _execs(guest: FakeGuest, args: dict[str, Any]) -> dict[str, Any]:
     return {
         "execs": [
-            {"exec": number, "pid": job.process.pid, "argv0": job.argv0, "running": job.process.returncode is None}
+            {"exec": number, "pid": job.process.pid, "argv0": job.argv0, "running": job.running}
             for number, job in guest.execs.items()
         ]
     }

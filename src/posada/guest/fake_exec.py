@@ -9,8 +9,10 @@ import os
 import pty
 import signal
 import struct
+import subprocess
 import termios
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from posada.errors import GuestError
@@ -28,180 +30,181 @@ _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 
 class FakeExec:
-    """A process, the pumps of its output, and the stream that is attached to it, if any."""
+    """A process, the pumps of its output, and the stream that is attached to it, if any. It owns its descriptors.
 
-    def __init__(self, process: asyncio.subprocess.Process, argv0: str, keep: bool, master: int | None) -> None:
+    (Not asyncio's subprocesses: they tell of the end only once all pipes are at theirs.)
+    """
+
+    def __init__(
+        self, process: subprocess.Popen[bytes], argv0: str, keep: bool, input: int | None, outputs: dict[int, int]
+    ) -> None:
         self.process = process
         self.argv0 = argv0
         self.keep = keep
-        self.stream: Stream | None = None
-        self.link: FakeLink | None = None
         self.number = 0
-        self.master = master
+        self.stream: Stream | None = None
+        self._input = input
+        self._outputs = outputs
         self._attached = asyncio.Event()
         self._started = time.monotonic()
-        self._group_ended = False
-        readers: list[tuple[int, asyncio.StreamReader]] = []
-        for flags, reader in ((0, process.stdout), (1, process.stderr)):
-            if reader is not None:
-                readers.append((flags, reader))
-        self.pumps = [asyncio.ensure_future(self._pump(flags, reader)) for flags, reader in readers]
-        if master is not None:
-            self.pumps.append(asyncio.ensure_future(self._pump_terminal(master)))
+        self._pumps = [asyncio.ensure_future(self._pump(flags, fd)) for flags, fd in outputs.items()]
+        self.ended = asyncio.ensure_future(self._reap())
+        """Done when the process has ended."""
 
-    def attach(self, link: FakeLink, stream: Stream) -> None:
-        self.link, self.stream = link, stream
-        link.controls[stream.number] = self._control
-        self._attached.set()
+    @property
+    def running(self) -> bool:
+        return not self.ended.done()
 
     def freeze(self, stop: bool) -> None:
-        self._kill(signal.SIGSTOP if stop else signal.SIGCONT)
+        self.kill(signal.SIGSTOP if stop else signal.SIGCONT)
 
     async def destroy(self) -> None:
-        self._kill(signal.SIGKILL)
-        for pump in self.pumps:
+        """Kill it, whatever state it is in, and let go of everything."""
+        self.kill(signal.SIGKILL)
+        await self.ended
+        for pump in self._pumps:
             pump.cancel()
-        await self.process.wait()
-        self._close_terminal()
+        await asyncio.wait(self._pumps)
+        self.close_input()
+        for fd in self._outputs.values():
+            os.close(fd)
+        self._outputs = {}
 
-    async def serve(self, guest: FakeGuest) -> None:
-        """Feed it from its stream until it has ended, and tell how it did. Leaves with the stream unless kept."""
-        stream, link = self.stream, self.link
-        if stream is None or link is None:
-            raise RuntimeError("nobody is attached")
+    async def serve(self, guest: FakeGuest, link: FakeLink, stream: Stream) -> None:
+        """Attach a stream, feed the process from it until either ends, and tell how it ended."""
+        self.stream = stream
+        link.controls[stream.number] = self._control
+        self._attached.set()
         feeder = asyncio.ensure_future(self._feed(stream))
         gone = asyncio.ensure_future(_until_closed(stream))
-        ended = asyncio.ensure_future(self._end())
+        finished = asyncio.ensure_future(self._finish())
         try:
-            await asyncio.wait([gone, ended], return_when=asyncio.FIRST_COMPLETED)
-            if ended.done():
-                for flags in (0, 1) if self.master is None else (0,):
+            await asyncio.wait([gone, finished], return_when=asyncio.FIRST_COMPLETED)
+            if finished.done() and not stream.closed:
+                for flags in self._outputs:
                     stream.send_eof(flags)
-                code = self.process.returncode or 0
+                code = self.process.returncode
                 ms = int(1000 * (time.monotonic() - self._started))
                 link.exited(stream, code=code if code >= 0 else None, signal=-code, ms=ms)
-                guest.execs.pop(self.number, None)
-                self._close_terminal()
+                await guest.forget(self)
         finally:
-            for task in (feeder, gone, ended):
+            for task in (feeder, gone, finished):
                 task.cancel()
-            if not ended.done() and self.stream is stream:
-                self._detach()
-                if not self.keep and guest.token is None:
-                    asyncio.ensure_future(self._hang_up(guest))  # noqa: RUF006  (held by guest.execs)
+            self._detach(stream)
+            if stream.closed and not self.keep and guest.token is None:
+                guest.hang_up(self)
 
-    def _detach(self) -> None:
-        self.stream = self.link = None
-        self._attached.clear()
-
-    async def _hang_up(self, guest: FakeGuest) -> None:
-        self._kill(signal.SIGHUP)
-        try:
-            await asyncio.wait_for(asyncio.shield(self.process.wait()), _HANGUP_PATIENCE)
-        except TimeoutError:
-            pass
+    async def hang_up(self) -> None:
+        self.kill(signal.SIGHUP)
+        await asyncio.wait([self.ended], timeout=_HANGUP_PATIENCE)
         await self.destroy()
-        guest.execs.pop(self.number, None)
 
-    async def _end(self) -> None:
-        """The process has ended, and so have its pipes, unless a grandchild keeps them."""
-        await self.process.wait()
-        await asyncio.wait(self.pumps, timeout=_GRANDCHILD_PATIENCE)
-
-    async def _feed(self, stream: Stream) -> None:
-        while (piece := await stream.receive()) is not None:
-            if self.master is not None:
-                await asyncio.to_thread(os.write, self.master, piece[1])
-            elif self.process.stdin is not None:
-                with contextlib.suppress(ConnectionError):
-                    self.process.stdin.write(piece[1])
-                    await self.process.stdin.drain()
-        if not stream.closed and self.process.stdin is not None:
-            self.process.stdin.close()
-
-    async def _pump(self, flags: int, reader: asyncio.StreamReader) -> None:
-        while data := await reader.read(_CHUNK):
-            await self._deliver(flags, data)
-
-    async def _pump_terminal(self, master: int) -> None:
-        loop = asyncio.get_running_loop()
-        readable = asyncio.Event()
-        loop.add_reader(master, readable.set)
+    async def _reap(self) -> None:
+        pidfd = os.pidfd_open(self.process.pid)
         try:
-            while True:
-                await readable.wait()
-                readable.clear()
-                try:
-                    data = os.read(master, _CHUNK)
-                except BlockingIOError:
-                    continue
-                await self._deliver(0, data)
-        except OSError:  # EIO: the last process has closed the terminal.
-            pass
+            await _ready(pidfd, asyncio.get_running_loop().add_reader, asyncio.get_running_loop().remove_reader)
         finally:
-            loop.remove_reader(master)
+            os.close(pidfd)
+        self.process.wait()
+
+    async def _finish(self) -> None:
+        """The process has ended, and so have its pipes, unless a grandchild keeps them."""
+        await asyncio.shield(self.ended)
+        await asyncio.wait(self._pumps, timeout=_GRANDCHILD_PATIENCE)
+
+    async def _pump(self, flags: int, fd: int) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            await _ready(fd, loop.add_reader, loop.remove_reader)
+            try:
+                data = os.read(fd, _CHUNK)
+            except BlockingIOError:
+                continue
+            except OSError:  # EIO: nobody has the terminal open any more.
+                return
+            if not data:
+                return
+            await self._deliver(flags, data)
 
     async def _deliver(self, flags: int, data: bytes) -> None:
         """To the stream that is attached; without one, wait for one."""
         while True:
             await self._attached.wait()
-            try:
-                if self.stream is not None:
-                    await self.stream.send(data, flags)
-                return
-            except GuestError:
-                self._detach()
+            if (stream := self.stream) is not None:
+                try:
+                    return await stream.send(data, flags)
+                except GuestError:
+                    self._detach(stream)
+
+    async def _feed(self, stream: Stream) -> None:
+        loop = asyncio.get_running_loop()
+        while (piece := await stream.receive()) is not None:
+            rest = memoryview(piece[1])
+            while rest and self._input is not None:
+                await _ready(self._input, loop.add_writer, loop.remove_writer)
+                try:
+                    rest = rest[os.write(self._input, rest) :]
+                except BlockingIOError:
+                    continue
+                except OSError:  # It reads no more: the rest goes nowhere.
+                    self.close_input()
+        if stream.complete and 0 in self._outputs and self._outputs[0] != self._input:
+            self.close_input()
+
+    def close_input(self) -> None:
+        if self._input is not None and self._input not in self._outputs.values():
+            os.close(self._input)
+        self._input = None
+
+    def _detach(self, stream: Stream) -> None:
+        if self.stream is stream:
+            self.stream = None
+            self._attached.clear()
 
     def _control(self, event: events.Event) -> None:
         if isinstance(event, events.Signal):
-            self._kill(event.signal, group=event.group)
-        elif isinstance(event, events.Resize) and self.master is not None:
-            _set_size(self.master, event.rows, event.cols)
+            self.kill(event.signal, group=event.group)
+        elif isinstance(event, events.Resize) and self._input is not None:
+            with contextlib.suppress(OSError):  # ENOTTY
+                _set_size(self._input, event.rows, event.cols)
 
-    def _kill(self, number: int, *, group: bool = True) -> None:
-        if self.process.returncode is None:
+    def kill(self, number: int, *, group: bool = True) -> None:
+        if self.running:
             with contextlib.suppress(ProcessLookupError):
                 (os.killpg if group else os.kill)(self.process.pid, number)
-
-    def _close_terminal(self) -> None:
-        if self.master is not None:
-            os.close(self.master)
-            self.master = None
 
 
 async def execute(guest: FakeGuest, link: FakeLink, stream: Stream, body: dict[str, Any]) -> None:
     user = str(body.get("user", "root")).partition(":")[0]
     base = {"PATH": _PATH, "HOME": str(guest.root), "USER": user, "LOGNAME": user, "SHELL": "/bin/sh"}
     env = {**({} if body.get("clear_env") else base), **body.get("env", {})}
-    options: dict[str, Any] = {
-        "cwd": guest.path(body.get("cwd", "/")),
-        "env": env,
-        "start_new_session": True,
-        "stdin": asyncio.subprocess.PIPE if body.get("stdin") else asyncio.subprocess.DEVNULL,
-        "stdout": asyncio.subprocess.PIPE,
-        "stderr": asyncio.subprocess.PIPE,
-    }
-    master: int | None = None
-    if "pty" in body:
-        master, slave = pty.openpty()
-        os.set_blocking(master, False)
-        _set_size(master, body["pty"]["rows"], body["pty"]["cols"])
-        env["TERM"] = body["pty"].get("term", "xterm")
-        options.update(stdin=slave, stdout=slave, stderr=slave, preexec_fn=_own_terminal)
-    try:
-        process = await asyncio.create_subprocess_exec(*body["argv"], **options)
-    except BaseException:
-        if master is not None:
-            os.close(master)
-        raise
-    finally:
-        if master is not None:
-            os.close(slave)
-    job = FakeExec(process, body["argv"][0], bool(body.get("keep")), master)
+    with contextlib.ExitStack() as ours, contextlib.ExitStack() as theirs:
+        if "pty" in body:
+            master, slave = pty.openpty()
+            _set_size(master, body["pty"]["rows"], body["pty"]["cols"])
+            env["TERM"] = body["pty"].get("term", "xterm")
+            ends = (slave, slave, slave)
+            theirs.callback(os.close, slave)
+            feed, outputs = master, {0: master}
+        else:
+            (stdin, feed), (out, stdout), (err, stderr) = os.pipe(), os.pipe(), os.pipe()
+            ends, outputs = (stdin, stdout, stderr), {0: out, 1: err}
+            for fd in ends:
+                theirs.callback(os.close, fd)
+        for fd in {feed, *outputs.values()}:
+            os.set_blocking(fd, False)
+            ours.callback(os.close, fd)
+        process = subprocess.Popen(  # noqa: ASYNC220  (a millisecond; asyncio's own would be no help, see FakeExec)
+            body["argv"], stdin=ends[0], stdout=ends[1], stderr=ends[2], env=env, cwd=guest.path(body.get("cwd", "/")),
+            start_new_session=True, preexec_fn=_own_terminal if "pty" in body else None,
+        )  # fmt: skip
+        ours.pop_all()
+    job = FakeExec(process, body["argv"][0], bool(body.get("keep")), feed, outputs)
+    if not body.get("stdin") and "pty" not in body:
+        job.close_input()
     job.number = guest.register(job)
     link.opened(stream, {"pid": process.pid, "exec": job.number})
-    job.attach(link, stream)
-    await job.serve(guest)
+    await job.serve(guest, link, stream)
 
 
 async def attach(guest: FakeGuest, link: FakeLink, stream: Stream, body: dict[str, Any]) -> None:
@@ -209,8 +212,16 @@ async def attach(guest: FakeGuest, link: FakeLink, stream: Stream, body: dict[st
     if job is None or job.stream is not None:
         raise GuestError(f"no exec {body['exec']} to attach to", errno_name="ESRCH")
     link.opened(stream, {"pid": job.process.pid, "exec": job.number})
-    job.attach(link, stream)
-    await job.serve(guest)
+    await job.serve(guest, link, stream)
+
+
+async def _ready(fd: int, watch: Callable[..., Any], unwatch: Callable[[int], Any]) -> None:
+    event = asyncio.Event()
+    watch(fd, event.set)
+    try:
+        await event.wait()
+    finally:
+        unwatch(fd)
 
 
 async def _until_closed(stream: Stream) -> None:

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import fcntl
 import secrets
 import struct
 import termios
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from posada.errors import GuestError, GuestGone, ProtocolError
 from posada.guest.stream import Stream
 from posada.model.exec import AgentHello
-from posada.proto import agent, events, frames
+from posada.proto import agent, cbor, events, frames
 from posada.proto.agent import Phase
 
 NAME = "posada 0.1.0"
@@ -88,7 +89,8 @@ class GuestLink(asyncio.Protocol):
         self._last_call = self._last_call % 0xFFFFFFFF + 1
         number = self._last_call
         waiter: asyncio.Future[events.Reply | GuestError] = self._loop.create_future()
-        self._write(self._link.call(number, op, args))
+        with _requesting(op):
+            self._write(self._link.call(number, op, args))
         self._calls[number] = waiter
         try:
             answer = await waiter
@@ -112,13 +114,14 @@ class GuestLink(asyncio.Protocol):
         """Open a stream, without waiting for the agent's word on it. ``what`` names it in errors.
 
         ``outputs``: the flags the agent sends DATA with. ``data`` (at most a window) and ``eof`` go out in the same
-        write. When all 64 streams are taken it waits for one to end. Raises GuestGone, ValueError.
+        write. When all 64 streams are taken it waits for one to end. Raises GuestGone, GuestError (``E2BIG``).
         """
         await self._slots.acquire()
         try:
             await self._can_write()
             number = self._free_number()
-            message = self._link.open(number, body)
+            with _requesting(what):
+                message = self._link.open(number, body)
         except BaseException:
             self._slots.release()
             raise
@@ -314,6 +317,17 @@ class GuestLink(asyncio.Protocol):
             self._transport.close()
         if self._on_end is not None:
             self._on_end()
+
+
+@contextlib.contextmanager
+def _requesting(what: str) -> Iterator[None]:
+    """What does not fit into a frame, or is no text, is the caller's error and harms nothing."""
+    try:
+        yield
+    except cbor.CborError as error:
+        raise GuestError(f"{what}: {error}", errno_name="EINVAL") from error
+    except ValueError as error:
+        raise GuestError(f"{what}: {error}", errno_name="E2BIG") from error
 
 
 def _fresh(error: GuestError) -> GuestError:
