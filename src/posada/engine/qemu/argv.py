@@ -32,9 +32,7 @@ TB_SIZE = 64
 
 #: What the kernel is told by the machine, before what the image and the host append.
 #: ``panic=-1``: reboot at once, which ends QEMU, instead of hanging for ever.
-APPEND = "console=ttyS0 panic=-1"
-#: Side-channel mitigations only cost under emulation: the guest's branches are not the host's.
-APPEND_TCG = "mitigations=off"
+APPEND = "panic=-1"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +75,7 @@ def build(
     _machine(b, launch, layout, incoming, tb_size)
     _control(b)
     if not incoming:
-        _boot(b, launch, layout)
+        _boot(b, launch)
     _console(b, layout.agent)
     b.add("-device", f"virtio-balloon-pci,id=balloon,addr={SLOT_BALLOON:#x},free-page-reporting=on,deflate-on-oom=on")
     b.add("-object", "rng-builtin,id=entropy", "-device", f"virtio-rng-pci,id=rng,addr={SLOT_RNG:#x},rng=entropy")
@@ -95,7 +93,7 @@ def build(
 
 
 def _machine(b: _Builder, launch: Launch, layout: Layout, incoming: bool, tb_size: int) -> None:
-    # suppress-vmdesc: without it a JSON description follows the device state, which a reader of the bare stream rejects.
+    # suppress-vmdesc: without it a JSON description follows the device state, and the reader of a bare stream rejects it.
     b.add("-name", quote(f"posada-{launch.name}"), "-uuid", launch.uuid)
     b.add("-M", f"{layout.machine},memory-backend=ram,suppress-vmdesc=on,vmport=off,usb=off,dump-guest-core=off")
     if layout.accelerator == "kvm":
@@ -105,10 +103,8 @@ def _machine(b: _Builder, launch: Launch, layout: Layout, incoming: bool, tb_siz
     b.add("-smp", str(layout.cpus), "-m", str(layout.memory // MIB))
     # Booted machines share their memory file, so that a capture can copy it; children map a sealed copy privately.
     share = "off" if incoming else "on"
-    b.add(
-        "-object",
-        f"memory-backend-file,id=ram,size={layout.memory},mem-path=/proc/self/fd/{b.fd('ram')},share={share},merge=off,dump=off",
-    )
+    backend = f"memory-backend-file,id=ram,size={layout.memory},mem-path=/proc/self/fd/{b.fd('ram')}"
+    b.add("-object", f"{backend},share={share},merge=off,dump=off")
     b.add("-nodefaults", "-no-user-config", "-display", "none", "-msg", "timestamp=off")
     b.add("-rtc", "base=utc", "-boot", "strict=on")
     b.add("-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny")
@@ -121,26 +117,26 @@ def _control(b: _Builder) -> None:
     b.add("-chardev", f"socket,id=monitor,fd={b.fd('monitor')}", "-mon", "chardev=monitor,mode=control")
 
 
-def _boot(b: _Builder, launch: Launch, layout: Layout) -> None:
+def _boot(b: _Builder, launch: Launch) -> None:
     if launch.kernel is None:
         return
     b.add("-kernel", f"/proc/self/fd/{b.fd('kernel')}")
     if launch.initrd is not None:
         b.add("-initrd", f"/proc/self/fd/{b.fd('initrd')}")
-    words = [APPEND, APPEND_TCG if layout.accelerator == "tcg" else "", launch.append]
-    b.add("-append", " ".join(w for w in words if w))
+    b.add("-append", f"{APPEND} {launch.append}".strip())
 
 
 def _console(b: _Builder, agent: bool) -> None:
     b.add("-chardev", f"socket,id=console,fd={b.fd('console')}", "-serial", "chardev:console")
     b.add("-device", "pvpanic,id=panic")
-    # Port 0 is the virtio console's by tradition; max_ports is part of the device state, so it is there without an agent too.
+    # Port 0 is the virtio console's by tradition. The device is there without an agent too: one shape less to support.
     b.add("-device", f"virtio-serial-pci,id=serial,addr={SLOT_SERIAL:#x},max_ports={AGENT_PORTS + 1}")
     if not agent:
         return
     for i in range(AGENT_PORTS):
         b.add("-chardev", f"socket,id=agent{i},fd={b.fd(f'agent{i}')},server=on,wait=off")
-        b.add("-device", f"virtserialport,id=port{i},bus=serial.0,nr={i + 1},chardev=agent{i},name=org.posada.agent.{i}")
+        name = f"org.posada.agent.{i}"
+        b.add("-device", f"virtserialport,id=port{i},bus=serial.0,nr={i + 1},chardev=agent{i},name={name}")
 
 
 def _nics(b: _Builder, launch: Launch, layout: Layout) -> None:
@@ -186,12 +182,16 @@ def _disks(b: _Builder, launch: Launch, layout: Layout) -> None:
             for options in blockdev(node, format, fdset, backing=backing, writable=writable):
                 b.add("-blockdev", json.dumps(options))
             backing = node
-        b.add("-device", device_blk(disk.name, slot, f"d{slot}-{len(disk.chain) - 1}"))
+        device = device_blk(disk.name, slot, f"d{slot}-{len(disk.chain) - 1}")
+        b.add("-device", f"{device.pop('driver')}," + ",".join(f"{key}={value}" for key, value in device.items()))
 
 
-def device_blk(name: str, slot: int, node: str) -> str:
-    """werror=report: a full host disk is an I/O error in the guest, at once, instead of a machine that stands still."""
-    return (
-        f"virtio-blk-pci,id=disk-{name},addr={slot:#x},drive={node},serial={name},num-queues=1,"
-        "werror=report,rerror=report"
-    )
+def device_blk(name: str, slot: int, node: str) -> dict[str, Any]:
+    """The ``device_add`` arguments of a disk.
+
+    werror=report: a full host disk is an I/O error in the guest, at once, instead of a machine that stands still.
+    """
+    return {
+        "driver": "virtio-blk-pci", "id": f"disk-{name}", "addr": f"{slot:#x}", "drive": node, "serial": name,
+        "num-queues": 1, "werror": "report", "rerror": "report",
+    }  # fmt: skip

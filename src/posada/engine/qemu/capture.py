@@ -21,7 +21,6 @@ from posada.engine.base import Capture, CaptureFailed, NewLayer
 from posada.engine.qemu import pages, ram
 from posada.engine.qemu.disks import Switch
 from posada.engine.qemu.files import reopen
-from posada.engine.qemu.layout import Layout
 from posada.engine.qemu.machine import Machine
 from posada.engine.qemu.qmp import Session
 from posada.errors import EngineError, PosadaError
@@ -39,7 +38,7 @@ class Source:
     def __init__(self, machine: Machine, session: Session, layers: Sequence[NewLayer]) -> None:
         self.machine, self.layout = machine, machine.layout
         self._session = session
-        self.switch = Switch(session, layers)
+        self.switch = Switch(session, self.layout, layers)
         self._stack = contextlib.ExitStack()
         size = self.layout.memory
         self.memory = self._own(ram.create(size))
@@ -163,8 +162,9 @@ def _store(frozen: Source, target: Path) -> int:
 
 async def switch(running: Running, layers: Sequence[NewLayer]) -> float:
     """See `Capturer.switch`."""
-    async with Machine(running).session() as session:
-        change = Switch(session, layers)
+    machine = Machine(running)
+    async with machine.session() as session:
+        change = Switch(session, machine.layout, layers)
         await change.prepare()
         ran = bool((await session.execute("query-status"))["running"])
         began = time.monotonic()

@@ -12,8 +12,14 @@ from typing import Any
 from posada.engine.base import DiskFile, NewLayer
 from posada.engine.qemu.argv import blockdev
 from posada.engine.qemu.files import open_file
+from posada.engine.qemu.layout import Layout
 from posada.engine.qemu.qmp import Session
 from posada.errors import EngineError
+
+
+def new_node(slot: int) -> str:
+    """A node name that says whose it is, and is not used yet."""
+    return f"d{slot}-{secrets.token_hex(6)}"
 
 
 async def give_file(session: Session, path: Path, *, writable: bool) -> int:
@@ -64,8 +70,8 @@ class Switch:
     ``switched`` names the disks that are on their new layers.
     """
 
-    def __init__(self, session: Session, layers: Sequence[NewLayer]) -> None:
-        self._session, self._layers = session, layers
+    def __init__(self, session: Session, layout: Layout, layers: Sequence[NewLayer]) -> None:
+        self._session, self._layout, self._layers = session, layout, layers
         self._nodes: dict[str, str] = {}
         self._actions: list[dict[str, Any]] = []
         self.switched: tuple[str, ...] = ()
@@ -74,7 +80,7 @@ class Switch:
         """Open the new layers. On failure nothing has changed."""
         try:
             for layer in self._layers:
-                node = f"n{secrets.token_hex(6)}"
+                node = new_node(self._layout.slot(layer.disk))
                 await add_node(self._session, layer.path, layer.format, node=node, backing=None, writable=True)
                 self._nodes[layer.disk] = node
                 data = {"node": await current_node(self._session, layer.disk), "overlay": node}
@@ -105,7 +111,7 @@ async def add_chain(session: Session, disk: DiskFile, slot: int) -> list[str]:
     nodes: list[str] = []
     try:
         for i, (path, format) in enumerate(disk.chain):
-            node = f"d{slot}-{secrets.token_hex(6)}"
+            node = new_node(slot)
             writable = not disk.readonly and i == len(disk.chain) - 1
             backing = nodes[-1] if nodes else None
             await add_node(session, path, format, node=node, backing=backing, writable=writable)
@@ -117,6 +123,21 @@ async def add_chain(session: Session, disk: DiskFile, slot: int) -> list[str]:
 
 
 async def remove_chain(session: Session, nodes: Sequence[str]) -> None:
+    """``nodes`` lowest first."""
     for node in reversed(nodes):
         await remove_node(session, node)
         await remove_node(session, f"{node}-f")
+
+
+async def remove_disk_nodes(session: Session, slot: int) -> None:
+    """Every node of the disk that sat in ``slot``. The topmost goes first, whatever order they were made in."""
+    while True:
+        nodes = await session.execute("query-named-block-nodes", flat=True)
+        names = [n["node-name"] for n in nodes if n["node-name"].startswith(f"d{slot}-")]
+        removed = 0
+        for name in names:
+            with contextlib.suppress(EngineError):
+                await session.execute("blockdev-del", node_name=name)
+                removed += 1
+        if not removed:
+            return

@@ -8,15 +8,15 @@ import signal
 from collections.abc import Sequence
 from pathlib import Path
 
-from posada.engine.base import Capture, Forked, Launch, NewLayer, Probe, SnapshotFiles, Status, Usage
-from posada.engine.qemu import capture, cgroups, fork, machine, probe, process
+from posada.engine.base import Capture, DiskFile, Forked, Launch, NewLayer, Probe, SnapshotFiles, Status, Usage
+from posada.engine.qemu import capture, cgroups, fork, machine, probe, process, tune
 from posada.engine.qemu.files import clear
 from posada.engine.qemu.layout import AGENT_PORTS, read_layout
 from posada.engine.qemu.machine import NAME, Machine
 from posada.errors import HostError
 from posada.model.capabilities import Capabilities, Feature, Verdict
 from posada.model.machine import MAX_CPUS, MAX_MEMORY
-from posada.model.records import Running
+from posada.model.records import PortRecord, Running
 
 #: Seconds for a keeper to write the exit record after QEMU has ended; it takes 10 ms.
 _KEEPER_GRACE = 5.0
@@ -65,11 +65,6 @@ class QemuEngine:
 
     async def start(self, launch: Launch) -> Running:
         return await machine.start(launch, self.facts())
-
-    def find(self, runtime: Path) -> Running | None:
-        """The machine that lives in a runtime directory, whether or not its start was ever recorded; None if none does."""
-        running = machine.read_running(runtime)
-        return running if running is not None and process.alive(running.process) else None
 
     def status(self, running: Running) -> Status:
         return process.status_of(running.process, Path(running.runtime))
@@ -122,10 +117,12 @@ class QemuEngine:
         cgroups.remove(launch_runtime.name)
 
     async def abandon(self, launch_runtime: Path) -> None:
-        # A QEMU that is not in the record yet is not committed either: its keeper ends it, its client being dead.
-        running = self.find(launch_runtime)
+        running = machine.read_running(launch_runtime)
         if running is not None:
             await self.kill(running)
+        keeper = process.read_pid(launch_runtime / "keeper.pid")
+        if keeper is not None and process.send(keeper, signal.SIGTERM):
+            await process.ended(keeper, 30)
         self.reap(launch_runtime)
 
     async def disown(self, running: Running) -> None:
@@ -134,6 +131,24 @@ class QemuEngine:
     def agent_channels(self, running: Running) -> Sequence[Path]:
         ports = AGENT_PORTS if read_layout(running.private).agent else 0
         return [Path(running.runtime) / f"agent{i}.sock" for i in range(ports)]
+
+    async def attach_disk(self, running: Running, disk: DiskFile) -> None:
+        await tune.attach_disk(running, disk)
+
+    async def detach_disk(self, running: Running, name: str) -> None:
+        await tune.detach_disk(running, name)
+
+    async def resize_disk(self, running: Running, name: str, size: int) -> None:
+        await tune.resize_disk(running, name, size)
+
+    async def set_memory(self, running: Running, size: int) -> None:
+        await tune.set_memory(running, size)
+
+    async def add_port(self, running: Running, port: PortRecord) -> PortRecord:
+        return await tune.add_port(running, port)
+
+    async def remove_port(self, running: Running, port: PortRecord) -> None:
+        await tune.remove_port(running, port)
 
     def console(self, running: Running) -> Path:
         return Path(running.runtime) / "console.sock"
@@ -145,7 +160,8 @@ class QemuEngine:
             return Usage(cpu_seconds=0.0, rss=0)
         ticks = os.sysconf("SC_CLK_TCK")
         seconds = (int(fields[11]) + int(fields[12])) / ticks
-        return Usage(cpu_seconds=seconds, rss=int(fields[21]) * os.sysconf("SC_PAGE_SIZE"), pss=_pss(running.process.pid))
+        rss = int(fields[21]) * os.sysconf("SC_PAGE_SIZE")
+        return Usage(cpu_seconds=seconds, rss=rss, pss=_pss(running.process.pid))
 
 
 def _pss(pid: int) -> int | None:

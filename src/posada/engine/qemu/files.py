@@ -14,7 +14,8 @@ from posada.errors import EngineError, HostError, ImageError
 
 #: Files of an earlier run of the same vm, and of this one, in the runtime directory.
 LEFTOVERS = (
-    "qmp.sock", "console.sock", "exit.json", ".exit.json", "paused", "kill", "activity", "running.json", "disowned",
+    "qmp.sock", "console.sock", "exit.json", ".exit.json", "paused", "kill", "disowned", "activity", "keeper.pid",
+    "running.json", ".running.json",
 )  # fmt: skip
 
 

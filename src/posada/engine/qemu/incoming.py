@@ -12,10 +12,8 @@ import contextlib
 import os
 from pathlib import Path
 
-import msgspec
-
 from posada.engine.base import Launch
-from posada.engine.qemu import machine, pages, ports, process, qmp
+from posada.engine.qemu import machine, pages, ports, qmp
 from posada.engine.qemu.argv import build
 from posada.engine.qemu.files import Descriptors, reopen
 from posada.engine.qemu.layout import Layout

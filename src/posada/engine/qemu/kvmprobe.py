@@ -1,4 +1,4 @@
-"""Measure how fast /dev/kvm runs guest kernel code. A program: ``python -I -S kvmprobe.py``, so that a hang can be killed.
+"""Measure how fast /dev/kvm runs guest kernel code. A program of its own, so that a hang can be killed.
 
 The device's presence says nothing: some hosts emulate every instruction at ring 0 (about 2 million a second). A flat
 32-bit guest counts a register down at ring 0 and halts. Prints ``rate N`` (instructions per second) or ``error TEXT``.

@@ -61,7 +61,7 @@ class Machine:
 
 
 def read_running(runtime: Path) -> Running | None:
-    """The record a start left in the runtime directory: how whoever opens the state next finds a machine whose start was cut."""
+    """The record a start left in the runtime directory: by it a machine is found whose start was cut short."""
     try:
         return msgspec.json.decode((runtime / "running.json").read_bytes(), type=Running)
     except (OSError, msgspec.MsgspecError):

@@ -74,13 +74,10 @@ def _scan(fd: int, area: Area) -> list[tuple[int, int]]:
     found: list[tuple[int, int]] = []
     start = area.start
     while start < area.end:
-        argument = bytearray(
-            struct.pack(
-                "<12Q", 96, 0, start, area.end, 0, regions.buffer_info()[0], _REGIONS, 0,
-                _PAGE_IS_FILE, _PAGE_IS_FILE, _PAGE_IS_PRESENT | _PAGE_IS_SWAPPED, 0,
-            )  # fmt: skip
-        )
-        # SAFETY: the kernel writes at most _REGIONS entries of 24 bytes into `regions`, which lives until the call returns.
+        out = (regions.buffer_info()[0], _REGIONS, 0)
+        wanted = (_PAGE_IS_FILE, _PAGE_IS_FILE, _PAGE_IS_PRESENT | _PAGE_IS_SWAPPED, 0)
+        argument = bytearray(struct.pack("<12Q", 96, 0, start, area.end, 0, *out, *wanted))
+        # SAFETY: the kernel writes at most _REGIONS entries of 24 bytes into `regions`, which lives longer.
         count = fcntl.ioctl(fd, _PAGEMAP_SCAN, argument)
         found += [(regions[3 * i], regions[3 * i + 1]) for i in range(count)]
         (walked,) = struct.unpack_from("<Q", argument, 32)

@@ -24,7 +24,7 @@ async def bound(session: Session) -> list[PortRecord]:
     text = await session.human("info usernet")
     found = _LINE.findall(text)
     return [
-        PortRecord(guest=int(guest), host=int(host), address="0.0.0.0" if address == "*" else address, protocol=kind.lower())  # noqa: S104
+        PortRecord(int(guest), int(host), "0.0.0.0" if address == "*" else address, kind.lower())
         for kind, address, host, guest in found
     ]
 

@@ -54,7 +54,7 @@ def default_runtime() -> Path:
     if os.geteuid() == 0:
         return Path("/run/posada")
     base = os.environ.get("XDG_RUNTIME_DIR")
-    return Path(base) / "posada" if base else Path(f"/tmp/posada-{os.geteuid()}")  # noqa: S108 (checked: _private)
+    return Path(base) / "posada" if base else Path(f"/tmp/posada-{os.geteuid()}")
 
 
 def facts(runtime: Path | None = None) -> Facts:
@@ -123,7 +123,9 @@ def _measure(binary: str, key: str) -> Facts:
         else:
             accelerator = "kvm"
     vsock = os.access("/dev/vhost-vsock", os.R_OK | os.W_OK)
-    return Facts(key=key, binary=binary, version=version, accelerator=accelerator, kvm=words, kvm_rate=rate, vsock=vsock)
+    return Facts(
+        key=key, binary=binary, version=version, accelerator=accelerator, kvm=words, kvm_rate=rate, vsock=vsock
+    )
 
 
 def qemu_version(binary: str) -> str:

@@ -30,6 +30,15 @@ def find(pid: int) -> Process:
     return Process(pid, int(stat_fields(pid)[19]))
 
 
+def read_pid(path: Path) -> Process | None:
+    """``pid start``, as the keeper writes it about itself; None when it is missing or torn."""
+    try:
+        pid, start = path.read_text("ascii").split()
+        return Process(int(pid), int(start))
+    except (OSError, ValueError):
+        return None
+
+
 def alive(process: Process) -> bool:
     """Is that very process there and not a zombie?"""
     try:
@@ -72,7 +81,12 @@ async def ended(process: Process, timeout: float | None) -> None:
         return
     loop = asyncio.get_running_loop()
     done = loop.create_future()
-    loop.add_reader(fd, lambda: done.done() or done.set_result(None))
+
+    def finish() -> None:
+        if not done.done():
+            done.set_result(None)
+
+    loop.add_reader(fd, finish)
     try:
         await asyncio.wait_for(done, timeout)
     except TimeoutError:

@@ -1,7 +1,7 @@
 """QMP sessions: a thin layer over the upstream ``qemu.qmp``, see docs/adr/0003-qmp-client.md.
 
-One session per call of the engine: machines outlive clients, so nobody keeps a monitor to itself. Whatever QEMU does not do
-(refuse, close, stand still) ends in an EngineError within a deadline, never in a wait without end.
+One session per call of the engine: machines outlive clients, so nobody keeps a monitor to itself. Whatever QEMU does
+not do (refuse, close, stand still) ends in an EngineError within a deadline, never in a wait without end.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ class Session:
 
 
 def unix_socket(path: Path) -> tuple[socket.socket, str, int | None]:
-    """A socket, and an address for ``path`` that fits ``sun_path`` (107 bytes), by a descriptor of its directory if need be.
+    """A socket, and an address for ``path`` that fits ``sun_path`` (107 bytes): by a descriptor of its directory if long.
 
     The descriptor, if any, is to be closed after bind or connect.
     """

@@ -110,7 +110,10 @@ async def spawn(launch: Launch, invocation: Invocation, files: Descriptors, acce
     spawned: Spawned | None = None
     try:
         with theirs:
-            starter = subprocess.Popen(words, stdin=null, stdout=null, stderr=null, pass_fds=tuple(passed), cwd="/")
+            # Not asyncio's: the keeper is nobody's child once it has forked, and Popen returns after 1 ms.
+            starter = subprocess.Popen(  # noqa: ASYNC220
+                words, stdin=null, stdout=null, stderr=null, pass_fds=tuple(passed), cwd="/"
+            )
         try:
             answer = await _answer(control)
         finally:
@@ -133,7 +136,7 @@ async def _answer(control: socket.socket) -> str:
             while not data.endswith(b"\n"):
                 chunk = await loop.sock_recv(control, 8192)
                 if not chunk:
-                    raise EngineError("the machine's keeper ended before QEMU ran", detail=data.decode(errors="replace"))
+                    raise EngineError("the machine's keeper ended before QEMU ran", detail=data.decode("utf-8", "replace"))
                 data += chunk
     except TimeoutError:
         raise EngineGone(f"the machine's keeper did not start QEMU within {START_TIMEOUT:g} s") from None

@@ -9,7 +9,7 @@ If the keeper itself is killed, QEMU goes on: its console and second monitor fin
 
 from __future__ import annotations
 
-import _signal
+import _signal  # type: ignore[import-not-found]
 import _socket
 import os
 import select
@@ -93,7 +93,7 @@ def spawn(job: Job, stderr: int) -> int:
 class Keeper:
     """The loop beside one QEMU. ``run`` returns when QEMU has ended and its exit record is written."""
 
-    def __init__(self, job: Job, pid: int, stderr: int) -> None:
+    def __init__(self, job: Job, pid: int, stderr: int, wake: int) -> None:
         self.job, self.pid = job, pid
         self.poll = select.poll()
         self.qemu = os.pidfd_open(pid)
@@ -108,12 +108,8 @@ class Keeper:
         self.panicked = False
         now = time.monotonic()
         self.deadline = now + job.lifetime if job.lifetime else None
-        self.wake_r, wake_w = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-        _signal.set_wakeup_fd(wake_w, warn_on_full_buffer=False)
-        _signal.signal(_signal.SIGTERM, lambda *_: None)
-        for number in (_signal.SIGHUP, _signal.SIGINT):
-            _signal.signal(number, _signal.SIG_IGN)
-        for fd in (self.qemu, stderr, job.console, job.listener, job.monitor, job.control, self.wake_r):
+        self.wake = wake
+        for fd in (self.qemu, stderr, job.console, job.listener, job.monitor, job.control, wake):
             os.set_blocking(fd, False)
             self.poll.register(fd, select.POLLIN)
 
@@ -166,7 +162,7 @@ class Keeper:
             self.poll.unregister(fd)
             if not os.path.exists(f"{job.runtime}/disowned"):
                 self.end("its owner is gone")
-        elif fd == self.wake_r:
+        elif fd == self.wake:
             os.read(fd, 64)
             self.end("killed")
         elif fd in self.clients:
@@ -210,7 +206,7 @@ class Keeper:
 
     def _accept(self) -> None:
         try:
-            fd, _ = _socket.socket(fileno=os.dup(self.job.listener))._accept()
+            fd, _ = _socket.socket(fileno=os.dup(self.job.listener))._accept()  # type: ignore[attr-defined]
         except OSError:
             return
         if len(self.clients) >= MAX_CLIENTS:
@@ -358,6 +354,16 @@ class Keeper:
         }  # fmt: skip
 
 
+def catch_signals() -> int:
+    """SIGTERM makes the returned descriptor readable; a terminal's signals are ignored."""
+    reader, writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+    _signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    _signal.signal(_signal.SIGTERM, lambda *_: None)
+    for number in (_signal.SIGHUP, _signal.SIGINT):
+        _signal.signal(number, _signal.SIG_IGN)
+    return reader
+
+
 def main() -> None:
     """Become a daemon, start QEMU, keep it."""
     if os.fork():
@@ -365,6 +371,10 @@ def main() -> None:
     os.setsid()
     os.chdir("/")
     job = Job(sys.argv[1:])
+    wake = catch_signals()
+    me = os.getpid()
+    with open(f"{job.runtime}/keeper.pid", "w") as file:
+        file.write(f"{me} {start_time(me)}")
     stderr, stderr_w = os.pipe2(os.O_CLOEXEC)
     try:
         pid = spawn(job, stderr_w)
@@ -374,9 +384,8 @@ def main() -> None:
     os.close(stderr_w)
     for fd in job.fds:
         os.close(fd)
-    me = os.getpid()
     try:
         os.write(job.control, f"ok {pid} {start_time(pid)} {me} {start_time(me)}\n".encode())
     except OSError:
         pass  # the client is gone already: the loop finds its end closed and ends the machine
-    Keeper(job, pid, stderr).run()
+    Keeper(job, pid, stderr, wake).run()
