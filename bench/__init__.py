@@ -1,0 +1,1 @@
+"""Measurements of posada beside its peers, taken in one run. Start with ``make bench``."""
