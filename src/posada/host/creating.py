@@ -34,10 +34,9 @@ async def create(house: House, spec: MachineSpec, progress: Progress | None = No
     uid = str(uuid.uuid4())
     target = spec.name or spec.image or uid[:8]
     async with AsyncExitStack() as stack:
+        await stack.enter_async_context(house.locks.hold(uid, "create"))
         op = await stack.enter_async_context(house.operations.run("create", target, [uid], progress))
         image = await _image(house, spec, op)
-        await stack.enter_async_context(house.locks.hold(uid, "create"))
-        op.undo.callback(forget, house, uid)
         vm = VmRecord(
             uuid=uid,
             name=spec.name or names.generate(house.db.has_vm_named),

@@ -8,14 +8,20 @@ from __future__ import annotations
 import os
 import signal
 
-_ARMED = os.environ.get("POSADA_FAULT", "")
+_armed = os.environ.get("POSADA_FAULT", "")
+
+
+def arm(name: str) -> None:
+    """As if POSADA_FAULT had been set."""
+    global _armed
+    _armed = name
 
 
 def point(name: str) -> None:
     """Kill this process, or raise, if the tests ask for it here."""
-    if not _ARMED:
+    if not _armed:
         return
-    if name == _ARMED:
+    if name == _armed:
         os.kill(os.getpid(), signal.SIGKILL)
-    if name + "!" == _ARMED:
+    if name + "!" == _armed:
         raise OSError(f"fault injected at {name}")

@@ -122,13 +122,15 @@ async def _fork_held(
 ) -> list[VmRecord]:
     uuids = [child.uuid for child in children]
     async with AsyncExitStack() as stack:
+        for uid in uuids:
+            await stack.enter_async_context(house.locks.hold(uid, "fork"))
         op = await stack.enter_async_context(
             house.operations.run("fork", vm.name, [vm.uuid, *uuids], progress, source=vm.uuid, children=uuids)
         )
         op.report(None, f"forking {vm.name}")
-        for child in children:
-            await stack.enter_async_context(house.locks.hold(child.uuid, "fork"))
-            op.undo.push_async_callback(remove, house, child.uuid)
+        for uid in uuids:
+            # Recovery would keep those that are ready; a caller who gets an error, or gave up, wants none.
+            op.undo.push_async_callback(remove, house, uid)
         with house.db.transaction():
             for child in children:
                 house.db.put_vm(child)
@@ -239,11 +241,10 @@ async def clone(house: House, ref: str, *, name: str | None, snapshot: str | Non
         child = _child(house, vm, point, chosen, name is not None, False)
         child = msgspec.structs.replace(child, identity_pending=house.has_agent(vm))
         async with AsyncExitStack() as stack:
+            await stack.enter_async_context(house.locks.hold(child.uuid, "clone"))
             op = await stack.enter_async_context(
                 house.operations.run("clone", vm.name, [vm.uuid, child.uuid], source=vm.uuid, children=[child.uuid])
             )
-            await stack.enter_async_context(house.locks.hold(child.uuid, "clone"))
-            op.undo.callback(forget, house, child.uuid)
             house.db.put_vm(child)
             house.paths.disks(child.uuid).mkdir(mode=0o700, parents=True)
             faults.point("clone.reserved")

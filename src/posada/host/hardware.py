@@ -110,11 +110,9 @@ async def attach_disk(house: House, ref: str, disk: DiskSpec) -> VmRecord:
             made, layer = await make_disk(house, vm.uuid, disk)
             op.intend(layers=[layer.id])
             house.db.put_layer(layer)
-            op.undo.callback(collect, house, [layer.id])
             faults.point("attach.made")
             if live:
                 await engine.attach_disk(house.running(vm), disk_file(house, made))
-                op.undo.push_async_callback(engine.detach_disk, house.running(vm), disk.name)
                 faults.point("attach.attached")
             vm = house.save(vm, disks=(*vm.disks, made), spec=spec)
         house.events.emit("disk.attached", vm, disk=disk.name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -93,6 +94,7 @@ class Host:
 
         found = None
         if rebuild:
+            self.images.collect_garbage()  # finds the images again
             found = rebuilding.rebuild(self.house)
             for vm in self.house.db.vms():
                 if vm.name in found.rebuilt:  # a machine that still runs is known to nobody: its disks need one writer
@@ -106,6 +108,8 @@ async def _settle(house: House) -> None:
     """Cheap when there is nothing to do, which is nearly always: `recovery` is not even imported then."""
     moved = house.db.meta("boot") != boot_id() or house.db.meta("runtime") != str(house.paths.runtime)
     interrupted = any(not alive(op.owner) for op in house.db.open_operations())
+    if _half_made_images(house.paths.images):
+        house.images.collect_garbage()
     if moved or interrupted:
         from posada.host import recovery
 
@@ -113,3 +117,11 @@ async def _settle(house: House) -> None:
         recovery.bury_earlier_boot(house)
         await recovery.recover(house)
     await Machines(house).reap()
+
+
+def _half_made_images(images: Path) -> bool:
+    """Somebody builds an image, or died doing so: `ImageStore.collect_garbage` tells them apart."""
+    try:
+        return any(name.startswith((".partial-", ".trash-")) for name in os.listdir(images))
+    except FileNotFoundError:
+        return False

@@ -51,7 +51,7 @@ class House:
         self.locks = Locks(paths.locks)
         wakeups = Wakeups(paths.listeners)
         self.events = Events(self.db, wakeups)
-        self.operations = Operations(self.db, self.events, wakeups)
+        self.operations = Operations(self.db, self.events, wakeups, self._clean_up)
         self.guests = Guests(self)
         self._images: ImageStore | None = None
         self._background: set[asyncio.Task[Any]] = set()
@@ -79,6 +79,11 @@ class House:
         task = asyncio.create_task(work, name=name)
         self._background.add(task)
         task.add_done_callback(self._background_done)
+
+    async def _clean_up(self, op: OperationRecord) -> None:
+        from posada.host import recovery
+
+        await recovery.settle(self, op)
 
     def _background_done(self, task: asyncio.Task[Any]) -> None:
         self._background.discard(task)

@@ -61,7 +61,8 @@ def build_launch(house: House, vm: VmRecord, *, ports: Sequence[PortRecord] = ()
     spec = _pin(vm.spec, ports)
     agent = house.has_agent(vm)
     kernel, initrd, append = None, None, ""
-    if boot and spec.firmware == "direct":
+    # The fake engine boots nothing: its tests need no kernel, and no agent built.
+    if boot and spec.firmware == "direct" and vm.engine != "fake":
         image = house.image_of(vm)
         kernel, initrd = _kernel(house, spec, image)
         append = command_line(
@@ -97,8 +98,7 @@ def _kernel(house: House, spec: MachineSpec, image: ImageRecord | None) -> tuple
         folder = house.paths.absolute(image.path)
         if kernel is None and image.kernel is not None:
             kernel = folder / image.kernel
-            if initrd is None and image.initrd is not None:
-                initrd = folder / image.initrd
+            initrd = initrd or house.images.initrd_for(image)
     if kernel is None:
         raise SpecError("boot.kernel", "is missing: the image has none", hint="give a kernel, or firmware bios or uefi")
     for path in (kernel, initrd):

@@ -36,11 +36,9 @@ async def start_held(house: House, vm: VmRecord, progress: Progress | None = Non
         op.report(None, f"starting {vm.name}")
         launch = build_launch(house, vm)
         vm = house.save(vm, state=State.STARTING, exit=None)
-        op.undo.callback(house.save, vm, state=before if before is State.CREATED else State.STOPPED)
         faults.point("start.marked")
         running = await engine.start(launch)
         faults.point("start.started")
-        op.undo.push_async_callback(engine.kill, running)
         vm = house.save(vm, state=State.RUNNING, running=running)
         op.succeed(vm=vm.uuid)
     return vm

@@ -6,16 +6,17 @@
        │           ├──────► failed      (undone)
        └───────────┴──────► cancelled   (undone)
 
-Whatever takes several steps runs inside ``async with operations.run(...) as op``:
+Whatever takes several steps runs inside ``async with operations.run(...) as op``, with the locks of its vms held:
 
-1. The intent is in the database before the first step: what `posada.host.recovery` must know to finish the action or to
-   roll it back, should this process vanish. `Operation.intend` adds to it as the action learns more.
-2. Each step pushes what undoes it onto ``op.undo``. When the body raises or is cancelled the stack is run, to its end,
-   however often Ctrl-C is pressed; then the operation is *failed* or *cancelled*, and nothing of it is left.
-3. When the body ends the stack is dropped and the operation is *done*.
+1. The intent is in the database before the first step: what recovery must know to finish the action or to roll it back,
+   should this process vanish. `Operation.intend` adds to it as the action learns more.
+2. When the body raises or is cancelled, what it pushed onto ``op.undo`` is run: that which only this process can know.
+   Then comes the very handler that would clean up after a kill -9 (`posada.host.recovery`): there is one truth about
+   what half an action is. All this goes to its end however often Ctrl-C is pressed.
+3. When the body ends the operation is *done*.
 
-The operation names its owner (pid + start time). An operation whose owner is dead and that is not finished is what
-recovery looks for. An undo step that fails hands its operation to recovery too: it stays open, without an owner.
+The operation names its owner (pid + start time). One that is open and whose owner is dead is what recovery looks for; a
+cleaning up that fails hands its operation to recovery too: it stays open, without an owner.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import contextlib
 import logging
 import time
 import uuid
-from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
@@ -48,6 +49,10 @@ _REPORT_INTERVAL = 0.1
 OPEN = frozenset({OperationState.PENDING, OperationState.RUNNING})
 
 
+CleanUp = Callable[[OperationRecord], Awaitable[object]]
+"""Finishes a broken operation or rolls it back, with the locks of its vms held."""
+
+
 class Operation:
     """One action in progress, seen by those who do it."""
 
@@ -57,7 +62,7 @@ class Operation:
         self._reported = 0.0
         self.record = record
         self.undo = AsyncExitStack()
-        """What undoes the steps done so far: ``op.undo.callback(...)``, ``op.undo.push_async_callback(...)``."""
+        """Run if the body fails: ``op.undo.callback(...)``, ``op.undo.push_async_callback(...)``; else dropped."""
 
     @property
     def id(self) -> str:
@@ -91,8 +96,9 @@ class Operation:
 class Operations:
     """All operations of one house, this process's and others'."""
 
-    def __init__(self, db: Database, events: Events, wakeups: Wakeups) -> None:
+    def __init__(self, db: Database, events: Events, wakeups: Wakeups, clean_up: CleanUp) -> None:
         self._db = db
+        self._clean_up = clean_up
         self._events = events
         self._wakeups = wakeups
         self._tasks: dict[str, asyncio.Task[Any]] = {}
@@ -128,14 +134,15 @@ class Operations:
                 yield op
                 faults.point(f"{kind}.ending")
         except BaseException as error:
-            undone = await _to_the_end(self._undo(op))
             cancelled = isinstance(error, asyncio.CancelledError)
-            self._finish(op, OperationState.CANCELLED if cancelled else OperationState.FAILED, error, undone)
+            op.record = msgspec.structs.replace(op.record, error="cancelled" if cancelled else _words(error))
+            undone = await _to_the_end(self._undo(op))
+            self._finish(op, OperationState.CANCELLED if cancelled else OperationState.FAILED, undone)
             if cancelled and task is not None and self._db.cancel_requested(record.id) and task.uncancel() == 0:
                 raise Cancelled(f"the {kind} of {target} was cancelled") from None
             raise
         op.undo.pop_all()
-        self._finish(op, OperationState.DONE, None, True)
+        self._finish(op, OperationState.DONE, True)
 
     async def close(self) -> None:
         """No operation of this process runs any more."""
@@ -152,24 +159,31 @@ class Operations:
 
     async def _undo(self, op: Operation) -> bool:
         try:
-            await op.undo.aclose()
+            try:
+                await op.undo.aclose()
+            finally:
+                await self._clean_up(op.record)
         except Exception:
             log.exception("undoing the %s of %s failed; recovery will go on", op.record.kind, op.record.target)
             return False
         return True
 
-    def _finish(self, op: Operation, state: OperationState, error: BaseException | None, undone: bool) -> None:
-        text = None if error is None else str(error) or type(error).__name__
-        changes: dict[str, Any] = {"updated": time.time(), "error": text}
+    def _finish(self, op: Operation, state: OperationState, undone: bool) -> None:
+        changes: dict[str, Any] = {"updated": time.time()}
         if undone:
-            changes |= {"state": state, "progress": 1.0 if error is None else op.record.progress}
+            changes |= {"state": state, "progress": 1.0 if state is OperationState.DONE else op.record.progress}
         else:
             changes |= {"owner": NOBODY}
         op.record = msgspec.structs.replace(op.record, **changes)
         self._db.put_operation(op.record)
         if state is not OperationState.DONE:
             self._events.emit(
-                f"operation.{state}", None, id=op.id, kind=op.record.kind, target=op.record.target, error=text
+                f"operation.{state}",
+                None,
+                id=op.id,
+                kind=op.record.kind,
+                target=op.record.target,
+                error=op.record.error,
             )
         else:
             self.changed()
@@ -239,6 +253,10 @@ class Operations:
                         self._tasks.pop(id)
                         task.cancel()
                 await listener.changed()
+
+
+def _words(error: BaseException) -> str:
+    return str(error) or type(error).__name__
 
 
 async def _to_the_end(work: Coroutine[Any, Any, bool]) -> bool:

@@ -20,6 +20,9 @@ from pathlib import Path
 
 from posada.errors import HostError, StateError
 
+#: unix(7): a socket's path has at most 107 bytes; ours are ``<runtime>/vms/<uuid>/<at most 14>``.
+MAX_RUNTIME = 107 - len("/vms/") - 36 - len("/") - 14
+
 
 @dataclass(frozen=True)
 class Paths:
@@ -57,6 +60,11 @@ class Paths:
         Raises HostError where that is not permitted, StateError when the runtime directory belongs to somebody else
         (a directory below /tmp can be made by anyone).
         """
+        if len(os.fsencode(self.runtime)) > MAX_RUNTIME:
+            raise HostError(
+                f"the path {self.runtime} is too long: sockets below it would have more than 107 bytes",
+                hint=f"set POSADA_RUNTIME to a directory of at most {MAX_RUNTIME} bytes",
+            )
         try:
             for path in (self.home, self.vms, self.layers, self.runtime, self.machines, self.locks, self.listeners):
                 if not path.is_dir():

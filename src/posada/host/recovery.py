@@ -1,7 +1,8 @@
 """What a dead process left undone: finished, or rolled back, by whoever opens the state next.
 
 Each kind of operation has one handler below. It runs with the locks of all the operation's vms held, finds out from the
-records how far the action came, and leaves either all of it or nothing. Handlers may themselves be killed at any
+records how far the action came, and leaves either all of it or nothing. The living use the same handlers when an action
+fails half-way (`posada.host.operations`). Handlers may themselves be killed at any
 instant: each step is one that can be done again.
 """
 
@@ -81,16 +82,22 @@ async def recover_operation(house: House, id: str, *, timeout: float = 30.0) -> 
         op = house.db.operation(id)
         if op is None or op.state not in OPEN or alive(op.owner):
             return None
-        done = await _HANDLERS[op.kind](house, op)
-        for uid in op.intent.get("vms", ()):
-            vm = house.db.vm(uid)
-            if vm is not None:
-                sweep(house, vm)
+        done = await settle(house, op)
         state = OperationState.DONE if done else OperationState.FAILED
         error = None if done else "interrupted, and rolled back"
         house.db.put_operation(msgspec.structs.replace(op, state=state, error=error, updated=now()))
         house.events.emit("operation.recovered", None, id=op.id, kind=op.kind, target=op.target, done=done)
         return state
+
+
+async def settle(house: House, op: OperationRecord) -> bool:
+    """Leave all of a broken operation (True) or nothing of it (False). With the locks of its vms held."""
+    done = await _HANDLERS[op.kind](house, op)
+    for uid in op.intent["vms"]:
+        vm = house.db.vm(uid)
+        if vm is not None:
+            sweep(house, vm)
+    return done
 
 
 # Handlers: True when the operation is finished, False when it is rolled back.
@@ -119,7 +126,10 @@ async def _start(house: House, op: OperationRecord) -> bool:
         return True
     await house.engine(vm.engine).abandon(house.paths.machine(vm.uuid))
     never_ran = op.intent.get("before") == State.CREATED.value
-    house.save(vm, state=State.CREATED if never_ran else State.STOPPED, running=None, exit="its start was interrupted")
+    if never_ran:
+        house.save(vm, state=State.CREATED, running=None)
+    else:
+        house.save(vm, state=State.STOPPED, running=None, exit=_how("start", op))
     return False
 
 
@@ -137,7 +147,7 @@ async def _restore(house: House, op: OperationRecord) -> bool:
     done = vm is not None and vm.state is not State.STARTING and vm.head == op.intent.get("snapshot")
     if vm is not None and vm.state is State.STARTING:
         await house.engine(vm.engine).abandon(house.paths.machine(vm.uuid))
-        house.save(vm, state=State.STOPPED, running=None, exit="its restore was interrupted")
+        house.save(vm, state=State.STOPPED, running=None, exit=_how("restore", op))
     collect(house, [*op.intent.get("before", ()), *op.intent.get("fresh", ())])
     return done
 
@@ -206,6 +216,10 @@ _HANDLERS: dict[str, Callable[[House, OperationRecord], Awaitable[bool]]] = {
     "attach": _attach,
     "detach": _detach,
 }
+
+
+def _how(what: str, op: OperationRecord) -> str:
+    return f"its {what} failed: {op.error}" if op.error else f"its {what} was interrupted"
 
 
 def _the_vm(house: House, op: OperationRecord) -> VmRecord | None:

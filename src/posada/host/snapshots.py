@@ -69,7 +69,6 @@ async def _take(house: House, vm: VmRecord, name: str, kind: SnapshotKind, progr
     folder = house.paths.snapshot(vm.uuid, id)
     async with house.operations.run("snapshot", vm.name, [vm.uuid], progress, snapshot=id) as op:
         op.report(None, f"taking {name} of {vm.name}")
-        op.undo.callback(remove_tree, folder)
         folder.mkdir(mode=0o700, parents=True)
         faults.point("snapshot.directory")
         pause, memory, private = 0.0, 0, {}
@@ -198,7 +197,7 @@ async def _restore_full(house: House, vm: VmRecord, point: SnapshotRecord, progr
     async with house.operations.run("restore", vm.name, [vm.uuid], progress, snapshot=point.id, before=before) as op:
         op.report(None, f"restoring {vm.name} to {point.name}")
         new, fresh = _onto(house, vm, point)
-        op.undo.callback(collect, house, [layer.id for layer in fresh])
+        op.intend(fresh=[layer.id for layer in fresh])
         with house.db.transaction():
             for layer in fresh:
                 house.db.put_layer(layer)
@@ -208,15 +207,13 @@ async def _restore_full(house: House, vm: VmRecord, point: SnapshotRecord, progr
             await engine.kill(house.running(vm))
             engine.reap(house.paths.machine(vm.uuid))
         faults.point("restore.killed")
-        old = house.save(vm, state=State.STARTING, running=None, exit=None)
-        op.undo.callback(house.save, old, state=State.STOPPED, exit=f"restoring {point.name} failed")
+        house.save(vm, state=State.STARTING, running=None, exit=None)
         new = msgspec.structs.replace(
             new, state=State.STARTING, running=None, exit=None, generation=vm.generation + 1, macs=point.macs or vm.macs
         )
         (outcome,) = await engine.restore([build_launch(house, new, ports=ports, boot=False)], files(house, point))
         if isinstance(outcome, Exception):
             raise outcome
-        op.undo.push_async_callback(engine.kill, outcome)
         faults.point("restore.started")
         if house.has_agent(new):
             started = msgspec.structs.replace(new, state=State.RUNNING, running=outcome)
@@ -225,7 +222,6 @@ async def _restore_full(house: House, vm: VmRecord, point: SnapshotRecord, progr
         faults.point("restore.ready")
         with house.db.transaction(durable=True):
             new = house.save(new, state=State.RUNNING, running=outcome)
-        op.undo.pop_all()
         faults.point("restore.recorded")
         collect(house, before)
         op.succeed(vm=vm.uuid)
