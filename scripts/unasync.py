@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Generate the sync API (``client/_sync``) from the async one (``client/_async``). ``--check`` only compares.
+"""Generate the sync API (``client/_sync``) and its tests from the async ones. ``--check`` only compares.
 
 The async source keeps to what the substitutions below can turn round: every call that waits goes through
 ``self._rt.run(coroutine)``, so the sync twin differs in keywords, names and the runtime it is made with.
@@ -12,7 +12,10 @@ import re
 import sys
 from pathlib import Path
 
-CLIENT = Path(__file__).resolve().parent.parent / "src" / "posada" / "client"
+ROOT = Path(__file__).resolve().parent.parent
+CLIENT = ROOT / "src" / "posada" / "client"
+#: Single files: the tests of the API.
+FILES = {ROOT / "tests/unit/test_client_async.py": ROOT / "tests/unit/test_client_sync.py"}
 
 HEADER = "# Generated from {} by scripts/unasync.py: edit that file, then run `python scripts/unasync.py`.\n"
 
@@ -32,6 +35,9 @@ SUBSTITUTIONS = [
         (r"\bAsyncIterator\b", "Iterator"),
         (r" \| AsyncIterable\[bytes\]", ""),
         (r"AsyncIterable, ", ""),
+        (r"^from posada import aio as api", "import posada as api"),
+        (r"\bAsyncExitStack\b", "ExitStack"),
+        (r"\benter_async_context\b", "enter_context"),
         (r"__aenter__", "__enter__"),
         (r"__aexit__", "__exit__"),
         (r"__aiter__", "__iter__"),
@@ -41,7 +47,7 @@ SUBSTITUTIONS = [
 
 def unasync(text: str, name: str) -> str:
     """The sync twin of one file's text."""
-    out = [HEADER.format(f"_async/{name}")]
+    out = [HEADER.format(name)]
     for line in text.splitlines(keepends=True):
         if DROP.fullmatch(line.rstrip("\n")):
             continue
@@ -56,9 +62,11 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="fail if a generated file is out of date")
     check = parser.parse_args().check
     stale = []
-    wanted = {}
+    wanted = {
+        target: "# ruff: noqa: I001\n" + unasync(source.read_text(), source.name) for source, target in FILES.items()
+    }
     for source in sorted((CLIENT / "_async").glob("*.py")):
-        wanted[CLIENT / "_sync" / source.name] = unasync(source.read_text(), source.name)
+        wanted[CLIENT / "_sync" / source.name] = unasync(source.read_text(), f"_async/{source.name}")
     for old in sorted((CLIENT / "_sync").glob("*.py")):
         if old not in wanted:
             stale.append(old)

@@ -29,20 +29,18 @@ class _Call(Generic[T]):
         self.coro = coro
         self.done = threading.Event()
         self.task: asyncio.Task[T] | None = None
-        self.cancelled = False
 
     def begin(self) -> None:
-        if self.cancelled:  # interrupted before the loop came to it
-            self.coro.close()
-            self.done.set()
-            return
-        self.task = asyncio.get_running_loop().create_task(self.coro)
-        self.task.add_done_callback(lambda _: self.done.set())
+        if not self.done.is_set():
+            self.task = asyncio.get_running_loop().create_task(self.coro)
+            self.task.add_done_callback(lambda _: self.done.set())
 
     def cancel(self) -> None:
-        self.cancelled = True
         if self.task is not None:
             self.task.cancel()
+        else:  # interrupted before the loop came to it
+            self.coro.close()
+            self.done.set()
 
     def result(self) -> T:
         if self.task is None:
@@ -96,8 +94,8 @@ class Portal:
             coro.close()
             raise
         call = _Call(coro)
-        self._loop.call_soon_threadsafe(call.begin)
         try:
+            self._loop.call_soon_threadsafe(call.begin)
             call.done.wait()
         except BaseException:
             self._loop.call_soon_threadsafe(call.cancel)

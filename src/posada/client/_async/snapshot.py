@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from posada.client._core import Core
+from posada.client._pending import pending
 from posada.client._runtime import AsyncRuntime
 from posada.model.records import SnapshotKind, SnapshotRecord
 
@@ -56,6 +57,7 @@ class Snapshot:
         """How long the machine stood still for it, in seconds."""
         return self.record.pause
 
+    @pending
     async def vm(self) -> VM:
         """The machine it is a snapshot of."""
         from posada.client._async.vm import VM
@@ -72,6 +74,7 @@ class Snapshot:
         """``n`` new running machines from this point. As `VM.fork`."""
         return await (await self.vm()).fork(n, snapshot=self, names=names, progress=progress)
 
+    @pending
     async def clone(self, name: str | None = None) -> VM:
         """A new machine, off, with the disks of this point."""
         return await (await self.vm()).clone(name, snapshot=self)

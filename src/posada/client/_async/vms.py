@@ -29,6 +29,7 @@ class Vms:
         records = self._rt.now(self._core.host.vms.list, labels=labels or {})
         return [VM(self._rt, self._core, record) for record in records]
 
+    @pending
     async def get(self, ref: str) -> VM:
         """The machine of that name, uuid, or unique uuid prefix (4 characters or more). Raises NotFound."""
         return VM(self._rt, self._core, self._rt.now(self._core.host.vms.get, ref))
