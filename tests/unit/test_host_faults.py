@@ -17,7 +17,7 @@ import pytest
 from host_kit import add_image, check_consistent, machines_of, open_host, place, spec
 from host_verbs import VERBS
 
-from posada.host import faults
+from posada.host import faults, recovery
 from posada.model.states import AT_REST, State
 
 __all__ = ["place"]
@@ -50,6 +50,12 @@ def cases() -> list[tuple[str, str]]:
             verbs = [v for v in verbs if v != "delete_snapshot"]
         chosen += [(verb, point) for verb in verbs]
     return chosen
+
+
+@pytest.fixture(autouse=True)
+def no_patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fake guest dies with its process; nobody is there to be told to go on."""
+    monkeypatch.setattr(recovery, "WAKE_TIMEOUT", 0.02)
 
 
 async def prepare(base: Path) -> None:

@@ -25,6 +25,9 @@ from posada.host.process import NOBODY, alive, boot_id
 from posada.model.records import OperationRecord, OperationState, VmRecord
 from posada.model.states import LIVE, State
 
+#: Seconds that a guest gets to be told to go on; one that cannot be reached does so by itself after 30 s.
+WAKE_TIMEOUT = 2.0
+
 log = logging.getLogger(__name__)
 
 
@@ -233,11 +236,11 @@ async def _wake(house: House, vm: VmRecord | None, op: OperationRecord) -> None:
     engine = house.engine(vm.engine)
     if not engine.status(vm.running).alive:
         return
-    with contextlib.suppress(PosadaError):  # what cannot be told thaws by itself after 30 s
+    with contextlib.suppress(PosadaError):
         await engine.resume(vm.running)
         token = op.intent.get("token")
         if token:
-            client = await house.guests.connect(vm, timeout=2.0)
+            client = await house.guests.connect(vm, timeout=WAKE_TIMEOUT)
             await client.fork_done(bytes.fromhex(token))
 
 
