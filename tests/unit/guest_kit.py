@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -91,3 +92,11 @@ async def until_closed(wire: Wire) -> None:
     """Read, and forget, until the client hangs up."""
     while await wire.reader.read(65536):
         pass
+
+
+async def flood(wire: Wire, data: bytes) -> None:
+    """Send it over and over, until the client hangs up."""
+    with contextlib.suppress(ConnectionError):
+        while not wire.writer.is_closing():
+            wire.send(data)
+            await wire.writer.drain()
