@@ -41,6 +41,16 @@ if ($reseed) { open(my $r, '<', '/dev/urandom'); read($r, my $seed, 4); srand(un
 open($f, '>', "$out.new"); print $f int(rand(1e12)); close $f; rename("$out.new", $out);
 """
 
+#: A stand-in for openssh's: what counts is that the old keys go, and that new ones are asked for.
+KEYGEN = r"""#!/bin/sh
+key() { head -c 32 /dev/urandom | od -An -tx1 > "$1"; }
+case "$*" in
+    *-A*) key /etc/ssh/ssh_host_ecdsa_key; [ -e /etc/ssh/ssh_host_ed25519_key ] || key /etc/ssh/ssh_host_ed25519_key ;;
+    *"-t ed25519"*"-f /etc/ssh/ssh_host_ed25519_key"*) key /etc/ssh/ssh_host_ed25519_key ;;
+    *) exit 1 ;;
+esac
+"""
+
 
 @contextmanager
 def forked(source: posada.VM, n: int = 1, **options: object) -> Iterator[list[posada.VM]]:
@@ -65,7 +75,8 @@ def wait_for_file(vm: posada.VM, path: str) -> str:
 def start(vm: posada.VM, name: str, script: str, *args: str) -> None:
     """A perl program that runs on in the background of the guest."""
     vm.files.write(f"/root/{name}.pl", script)
-    run(vm, f"setsid perl /root/{name}.pl {' '.join(args)} >/root/{name}.out 2>&1 </dev/null &")
+    perl = f"setsid perl /root/{name}.pl {' '.join(args)} >/root/{name}.out 2>&1 </dev/null"
+    run(vm, f"{perl} & echo $! > /root/{name}.pid")
 
 
 # ------------------------------------------------------------------ identity
@@ -131,15 +142,14 @@ def test_clock_is_right(vm: posada.VM) -> None:
 
 
 def test_ssh_host_keys_are_new(vm: posada.VM) -> None:
-    # A stand-in for openssh: what counts is that the old keys go, and that ssh-keygen -A is asked for new ones.
-    keygen = '[ "$1" = -A ] || exit 1\nhead -c 32 /dev/urandom | od -An -tx1 > /etc/ssh/ssh_host_ed25519_key\n'
-    vm.files.write("/usr/bin/ssh-keygen", f"#!/bin/sh\n{keygen}", mode=0o755)
+    vm.files.write("/usr/bin/ssh-keygen", KEYGEN, mode=0o755)
     run(vm, "mkdir -p /etc/ssh && echo old > /etc/ssh/ssh_host_rsa_key && ssh-keygen -A")
     old = run(vm, "cat /etc/ssh/ssh_host_ed25519_key")
     with forked(vm, 2) as children:
         new = [run(child, "cat /etc/ssh/ssh_host_ed25519_key") for child in children]
         assert differ([old, *new])
         for child in children:
+            assert wait_for_file(child, "/etc/ssh/ssh_host_ecdsa_key")  # of -A; it may take its time
             assert not child.files.exists("/etc/ssh/ssh_host_rsa_key")
     assert run(vm, "cat /etc/ssh/ssh_host_ed25519_key") == old
 
@@ -267,7 +277,7 @@ def test_disk_and_memory_agree(vm: posada.VM) -> None:
     start(vm, "writer", WRITER)
     wait_for_file(vm, "/dev/shm/done")
     look = """
-        kill -STOP $(pgrep -f writer.pl 2>/dev/null || grep -l writer.pl /proc/[0-9]*/cmdline | cut -d/ -f3 | head -n1)
+        kill -STOP $(cat /root/writer.pid)
         cat /dev/shm/begun; echo; cat /dev/shm/done; echo
         echo 3 > /proc/sys/vm/drop_caches
         cat /root/cell; echo; awk '$1 != NR { print "gap at", NR; exit } END { print NR }' /root/log
