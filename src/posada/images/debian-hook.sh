@@ -8,22 +8,26 @@ mkdir "$work"
 echo "I: posada: kernel" >&2
 cd "$work"
 export APT_CONFIG="$MMDEBSTRAP_APT_CONFIG"
-# The plain name is a meta-package; what it depends on is the kernel.
-package=$(apt-cache depends --important "$POSADA_KERNEL_PACKAGE" | sed -n 's/^ *Depends: \(linux-image-[^ ]*\)$/\1/p' | head -n 1)
-apt-get --quiet download "${package:?no kernel in this release}" >&2
+depends() { apt-cache depends --important "$1" | sed -n "s/^ *Depends: \\(linux-$2[^ ]*\\)\$/\\1/p"; }
+# The plain name is a meta-package that depends on the kernel; since Debian 14 that one is but the sum of its parts.
+package=$(depends "$POSADA_KERNEL_PACKAGE" image-)
+parts=$(depends "${package:?there is no cloud kernel in this release}" '\(base\|binary\|modules\)-[0-9]')
+# shellcheck disable=SC2086 # a list of names
+apt-get --quiet download $package $parts >&2
 unset APT_CONFIG
 
 echo "I: posada: modules" >&2
-dpkg-deb --extract ./*.deb kernel
-version=$(cd kernel/boot && echo vmlinuz-*)
-version=${version#vmlinuz-}
-cat "kernel/boot/vmlinuz-$version" > "$POSADA_KERNEL"
-for base in kernel/lib/modules kernel/usr/lib/modules; do
-    if [ -d "$base/$version" ]; then
-        mkdir -p "$root/lib/modules"
-        mv "$base/$version" "$root/lib/modules/"
-    fi
+mkdir kernel
+for deb in ./*.deb; do
+    dpkg-deb --fsys-tarfile "$deb" | tar --extract --directory=kernel --no-same-owner
 done
+image=$(find kernel -name 'vmlinuz*' -type f)
+cat "$image" > "$POSADA_KERNEL"
+rm "$image"
+modules=$(find kernel -path '*/lib/modules/*' -type d -prune -print)
+version=${modules##*/}
+mkdir -p "$root/lib/modules"
+mv "$modules" "$root/lib/modules/"
 cd /
 rm -rf "$work"
 chroot "$root" depmod "$version"

@@ -11,6 +11,7 @@ from __future__ import annotations
 import fcntl
 import os
 import re
+import shlex
 import subprocess
 import uuid
 from collections.abc import Callable, Sequence
@@ -115,7 +116,8 @@ async def build_debian(
             "POSADA_APT_CONF": sources.for_guest(options),
             "TMPDIR": str(scratch),
         }
-        hook = resources.files("posada.images").joinpath("debian-hook.sh").read_text()
+        hook = scratch / "hook.sh"
+        hook.write_text(resources.files("posada.images").joinpath("debian-hook.sh").read_text())
         argv = [
             # mmdebstrap run by root mounts proc, sys and dev below the tree: in a namespace of its own they are gone with
             # it, however it dies, and nobody who removes the tree can walk into them.
@@ -124,7 +126,7 @@ async def build_debian(
             f"--include={','.join(chosen)}",
             "--skip=cleanup/apt,cleanup/mmdebstrap,cleanup/reproducible,cleanup/run,cleanup/tmp",
             *(f"--aptopt={line}" for line in options),
-            f"--customize-hook={hook}", suite, "-", str(listed),
+            f"--customize-hook=sh {shlex.quote(str(hook))} \"$1\"", suite, "-", str(listed),
         ]  # fmt: skip
         try:
             await run_tool(
@@ -199,5 +201,5 @@ def _explain(error: ToolFailed) -> Exception:
     if "/etc/subuid" in output or "newuidmap" in output:
         add = "usermod --add-subuids 100000-165535 --add-subgids 100000-165535 USER"
         return HostError("this user has no range of subordinate user ids", hint=f"as root: {add}")
-    tail = [line for line in output.splitlines() if line.startswith(("E:", "mke2fs:"))][-3:]
-    return ImageError(f"mmdebstrap failed: {'; '.join(tail) or output.strip()[-400:]}")
+    said = [line for line in output.splitlines() if line.strip() and not line.startswith(("I:", "W:"))]
+    return ImageError(f"mmdebstrap failed: {'; '.join(said[-4:])}")
