@@ -180,6 +180,7 @@ static bool run(size_t first, size_t last)
 {
 	for (size_t i = first; i <= last; i++) {
 		int r = steps[i].run(&steps[i].note);
+		timing_step(steps[i].name);
 		if (r < 0) {
 			failed(i, -r);
 			return false;
@@ -227,6 +228,7 @@ static void held(int error)
 		failed(STEP_PROCESSES, error);
 		return;
 	}
+	timing_step("identity: everything has stopped");
 	disks_thaw(); /* a snapshot may have been taken with frozen disks: nothing could be written */
 	if (!run(0, STEP_KEYS - 1))
 		return;

@@ -22,18 +22,6 @@
 #define DEVICE_MS 10000 /* a disk that is not there by then does not come */
 
 int initramfs_fd = -1;
-static bool timing;
-static int64_t last_us;
-
-/* posada.timing=1: what each step took, on the console. */
-static void step(const char *what)
-{
-	if (!timing)
-		return;
-	int64_t now = now_us();
-	say("posada-agent: %6lld us  %s (at %lld ms)", (long long)(now - last_us), what, (long long)(now / 1000));
-	last_us = now;
-}
 
 static int mount_at(const char *what, const char *where, const char *type, unsigned long flags, const char *data)
 {
@@ -166,25 +154,24 @@ static void hand_over(void)
 
 void init_run(void)
 {
-	last_us = now_us();
 	mount_kernel();
 	settle_console();
 	cmdline_read();
 	timing = *cmdline_get("posada.timing", "0") == '1';
-	step("devtmpfs, proc, sysfs");
+	timing_step("devtmpfs, proc, sysfs, since the kernel began");
 	int modules = open("/modules", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
 	if (modules >= 0) {
 		modules_load(modules, "order");
 		close(modules);
 	}
-	step("modules");
+	timing_step("modules");
 	is_init = strcmp(cmdline_get("posada.mode", "fast"), "full") != 0;
 	loop_init();
 	if (!ports_open())
 		say("posada-agent: there is no virtio port named org.posada.agent.*");
-	step("ports");
+	timing_step("ports");
 	boot_failed = mount_root();
-	step("root");
+	timing_step("root");
 	if (!boot_failed)
 		boot_failed = enter_root();
 	if (boot_failed) {
@@ -193,17 +180,17 @@ void init_run(void)
 		return;
 	}
 	mount_rest();
-	step("other mounts");
+	timing_step("other mounts");
 	set_hostname(cmdline_get("posada.hostname", NULL));
 	net_start(cmdline_get("posada.net", NULL), cmdline_get("posada.gw", NULL));
 	if (cmdline_get("posada.dns", NULL))
 		net_resolver(cmdline_get("posada.dns", ""));
-	step("network");
+	timing_step("network");
 	raise_limits();
 	reboot(RB_DISABLE_CAD);
 	if (!is_init)
 		hand_over();
 	cgroups_init();
-	step("cgroups");
+	timing_step("cgroups");
 	say("posada-agent: ready");
 }

@@ -2,6 +2,7 @@
 
 #include <errno.h>
 #include <poll.h>
+#include <stddef.h>
 #include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
@@ -15,6 +16,7 @@
 #define OUT_LOW (32 * 1024)
 /* Answers pile up when a client asks and never reads: past this the agent stops listening to it. */
 #define OUT_STOP (1024 * 1024)
+#define ABSENT_MS 50
 /* A client that never pauses must not keep the others from their turn. */
 #define TURN_SHARE (256 * 1024)
 
@@ -73,8 +75,9 @@ void links_reset_older(struct link *except, uint64_t epoch)
 }
 
 /* Whoever was at the other end is gone. */
-static void link_lost(struct link *l)
+static void link_gone(struct link *l)
 {
+	timer_clear(&l->absent);
 	link_reset(l);
 	framer_reset(&l->in);
 	if (l->port)
@@ -84,6 +87,28 @@ static void link_lost(struct link *l)
 			links[i] = NULL;
 	watch_close(&l->watch);
 	free(l);
+}
+
+static void still_absent(struct timer *t)
+{
+	struct link *l = (struct link *)((char *)t - offsetof(struct link, absent));
+	struct pollfd p = {.fd = l->watch.fd};
+	if (poll(&p, 1, 0) > 0 && (p.revents & (POLLHUP | POLLERR)))
+		link_gone(l);
+}
+
+/*
+ * The other end seems to be gone. Of a port this is known only after a moment: the driver takes in data at once, and the news
+ * that the host has connected a little later, so a new client's first bytes may come from a port that says it has none.
+ */
+static void link_lost(struct link *l)
+{
+	if (!l->port) {
+		link_gone(l);
+	} else if (!l->absent.armed) {
+		l->absent.fire = still_absent;
+		timer_set(&l->absent, ABSENT_MS);
+	}
 }
 
 /* Returns false when the link is lost. */
@@ -237,13 +262,9 @@ static bool receive(struct link *l)
 			framer_added(&l->in, (size_t)n);
 			total += (size_t)n;
 			parse(l);
-		} else if (n == 0) {
-			return false; /* a port: the host has closed it */
-		} else if (errno == EAGAIN) {
+		} else if (n == 0 || errno != EINTR) {
 			l->unread = false;
-			return true;
-		} else if (errno != EINTR) {
-			return false;
+			return n < 0 && errno == EAGAIN; /* 0 from a port: the host has closed it */
 		}
 	}
 	return true;
@@ -257,6 +278,8 @@ static void link_ready(struct watch *w, uint32_t events)
 	bool alive = receive(l);
 	if (!alive || (events & (EPOLLHUP | EPOLLERR)))
 		link_lost(l);
+	else
+		timer_clear(&l->absent);
 }
 
 bool links_turn(void)
@@ -266,7 +289,11 @@ bool links_turn(void)
 		struct link *l = links[i];
 		if (!l)
 			continue;
-		if (!flush(l) || (l->unread && !receive(l))) {
+		if (!flush(l)) {
+			link_gone(l);
+			continue;
+		}
+		if (l->unread && !receive(l)) {
 			link_lost(l);
 			continue;
 		}

@@ -24,6 +24,7 @@ struct stream;
 
 struct link {
 	struct watch watch;
+	struct timer absent; /* a port whose host seems to be away */
 	enum link_state state;
 	bool port;       /* a virtio port: it is never freed, and hunts for its next client */
 	bool blocked;    /* the channel takes no more bytes now */

@@ -71,6 +71,17 @@ void net_resume(struct net_pause *p)
 	close(fd);
 }
 
+/* Its IPv6 addresses are made of the old MAC: off and on again, and there are new ones. */
+static void renew_ipv6(const char *name)
+{
+	char path[80], text[8];
+	snprintf(path, sizeof path, "/proc/sys/net/ipv6/conf/%s/disable_ipv6", name);
+	if (read_line(path, text, sizeof text) < 1 || *text != '0')
+		return;
+	write_text(path, "1");
+	write_text(path, "0");
+}
+
 static int set_mac(int fd, const char *name, const uint8_t mac[6])
 {
 	struct ifreq r = {0};
@@ -80,7 +91,10 @@ static int set_mac(int fd, const char *name, const uint8_t mac[6])
 	if (r.ifr_hwaddr.sa_family != ARPHRD_ETHER || memcmp(r.ifr_hwaddr.sa_data, mac, 6) == 0)
 		return 0;
 	memcpy(r.ifr_hwaddr.sa_data, mac, 6);
-	return ioctl(fd, SIOCSIFHWADDR, &r) < 0 ? -errno : 0;
+	if (ioctl(fd, SIOCSIFHWADDR, &r) < 0)
+		return -errno;
+	renew_ipv6(name);
+	return 0;
 }
 
 int net_set_macs(const uint8_t (*macs)[6], size_t count)

@@ -79,6 +79,18 @@ void say(const char *format, ...)
 		return;
 }
 
+bool timing;
+
+void timing_step(const char *what)
+{
+	static int64_t last;
+	if (!timing)
+		return;
+	int64_t now = now_us();
+	say("posada-agent: %6lld us  %s (at %lld ms)", (long long)(last ? now - last : 0), what, (long long)(now / 1000));
+	last = now_us();
+}
+
 ssize_t read_text(const char *path, char *text, size_t cap)
 {
 	int fd = open(path, O_RDONLY | O_CLOEXEC);

@@ -23,6 +23,10 @@ int64_t now_us(void);
 void say(const char *format, ...) __attribute__((format(printf, 1, 2)));
 void say_open_console(void);
 
+/* posada.timing=1: says what has taken how long since the last call. */
+extern bool timing;
+void timing_step(const char *what);
+
 /* Reads at most cap-1 bytes and ends them with NUL. Returns the length or -errno. */
 ssize_t read_text(const char *path, char *text, size_t cap);
 /* As read_text, without trailing white space. */
