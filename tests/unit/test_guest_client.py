@@ -25,9 +25,8 @@ def alive(guest: FakeGuest) -> int:
 
 async def until_ended(guest: FakeGuest) -> None:
     async with asyncio.timeout(10):
-        while guest.execs or guest.hangups:
-            await asyncio.wait([*guest.hangups, *(job.ended for job in guest.execs.values())])
-            await asyncio.sleep(0)
+        while guest.execs or guest.endings:
+            await asyncio.wait([*guest.endings, *guest.tasks], return_when=asyncio.FIRST_COMPLETED)
 
 
 class TestRun:

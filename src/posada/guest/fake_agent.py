@@ -51,7 +51,10 @@ class FakeGuest:
         self.on_power = on_power
         """Called with ``poweroff`` or ``reboot``."""
         self._last_exec = 0
-        self.hangups: dict[asyncio.Future[None], FakeExec] = {}
+        self.endings: dict[asyncio.Future[None], FakeExec] = {}
+        """Processes that are on their way out."""
+        self.tasks: set[asyncio.Future[None]] = set()
+        """One for each stream and call."""
         self._servers: list[tuple[asyncio.Server, Path]] = []
         self._thaw: asyncio.TimerHandle | None = None
 
@@ -82,12 +85,14 @@ class FakeGuest:
             self._thaw.cancel()
         for link in list(self.links):
             link.abort()
-        for process in self.hangups.values():
-            process.kill(signal.SIGKILL)
-        if self.hangups:
-            await asyncio.wait(list(self.hangups))
-        while self.execs:
-            await self.execs.popitem()[1].destroy()
+        while self.links or self.tasks or self.execs or self.endings:
+            while self.execs:
+                self._end(self.execs.popitem()[1], hang_up=False)
+            for process in self.endings.values():
+                process.kill(signal.SIGKILL)
+            for task in self.tasks:
+                task.cancel()
+            await asyncio.wait([*self.tasks, *self.endings, *(link.ended for link in self.links)])
         if self._own_root:
             shutil.rmtree(self.root, ignore_errors=True)
 
@@ -116,17 +121,20 @@ class FakeGuest:
         self.execs[self._last_exec] = process
         return self._last_exec
 
-    async def forget(self, process: FakeExec) -> None:
+    def forget(self, process: FakeExec) -> None:
         """It has ended, and its client knows."""
         if self.execs.pop(process.number, None) is not None:
-            await process.destroy()
+            self._end(process, hang_up=False)
 
     def hang_up(self, process: FakeExec) -> None:
         """Its client has gone: SIGHUP, then SIGKILL."""
         if self.execs.pop(process.number, None) is not None:
-            task = asyncio.ensure_future(process.hang_up())
-            self.hangups[task] = process
-            task.add_done_callback(self.hangups.pop)
+            self._end(process, hang_up=True)
+
+    def _end(self, process: FakeExec, *, hang_up: bool) -> None:
+        task = asyncio.ensure_future(process.hang_up() if hang_up else process.destroy())
+        self.endings[task] = process
+        task.add_done_callback(self.endings.pop)
 
     def fork_prepare(self, token: bytes) -> None:
         self.token = token

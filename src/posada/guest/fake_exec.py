@@ -86,7 +86,7 @@ class FakeExec:
                 code = self.process.returncode
                 ms = int(1000 * (time.monotonic() - self._started))
                 link.exited(stream, code=code if code >= 0 else None, signal=-code, ms=ms)
-                await guest.forget(self)
+                guest.forget(self)
         finally:
             for task in (feeder, gone, finished):
                 task.cancel()

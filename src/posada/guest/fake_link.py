@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from typing import TYPE_CHECKING, Any
 
 from posada.errors import GuestError, GuestGone
@@ -37,7 +37,8 @@ class FakeLink(asyncio.Protocol):
         self._link = Link(Role.AGENT)
         self._transport: asyncio.Transport | None = None
         self._streams: dict[int, Stream] = {}
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks: set[asyncio.Future[None]] = set()
+        self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.controls: dict[int, Callable[[events.Event], None]] = {}
         """What takes the SIGNAL and RESIZE of a stream."""
         self._writable = asyncio.Event()
@@ -61,6 +62,7 @@ class FakeLink(asyncio.Protocol):
         self._reset()
         for task in self._tasks:
             task.cancel()
+        self.ended.set_result(None)
 
     def pause_writing(self) -> None:
         self._writable.clear()
@@ -143,10 +145,11 @@ class FakeLink(asyncio.Protocol):
             case events.Data(stream=number) | events.Eof(stream=number) | events.Credit(stream=number):
                 self._streams[number].handle(event)
 
-    def _start(self, work: Any) -> None:
+    def _start(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.ensure_future(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        for tasks in (self._tasks, self._guest.tasks):
+            tasks.add(task)
+            task.add_done_callback(tasks.discard)
 
     async def _call(self, call: events.Call) -> None:
         try:
