@@ -21,7 +21,7 @@ import struct
 import subprocess
 import tarfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -60,7 +60,8 @@ class _Machine:
     body: subprocess.Popen[bytes]
     guest: FakeGuest
     console: asyncio.Server
-    active: dict[str, Path]
+    active: dict[str, int]
+    """Each writable disk's top layer, open: its file may be renamed while the machine runs."""
     paused: bool = False
     ports: dict[PortRecord, socket.socket] = field(default_factory=dict)
 
@@ -120,11 +121,15 @@ class FakeEngine:
             undo.push_async_callback(guest.close)
             if launch.agent:
                 await guest.serve(_channels(launch.runtime))
+            active: dict[str, int] = {}
+            for disk in launch.disks:
+                if not disk.readonly:
+                    active[disk.name] = os.open(disk.chain[-1][0], os.O_RDWR | os.O_CLOEXEC)
+                    undo.callback(os.close, active[disk.name])
             process = _process(body.pid)
             if process is None:
                 raise EngineGone("the fake machine died at once")
             undo.pop_all()
-        active = {disk.name: disk.chain[-1][0] for disk in launch.disks if not disk.readonly}
         machine = _Machine(launch, body, guest, console, active, ports=ports)
         self._machines[launch.uuid] = machine
         running = Running(
@@ -178,9 +183,12 @@ class FakeEngine:
     def _power_off(self, uuid: str) -> None:
         machine = self._machines.get(uuid)
         if machine is not None:
-            task = asyncio.get_running_loop().create_task(self._finish(machine, "guest powered off"))
-            self._ending.add(task)
-            task.add_done_callback(self._ending.discard)
+            self._soon(self._finish(machine, "guest powered off"))
+
+    def _soon(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._ending.add(task)
+        task.add_done_callback(self._ending.discard)
 
     async def kill(self, running: Running) -> None:
         machine = self._machines.get(running.private["uuid"])
@@ -201,7 +209,9 @@ class FakeEngine:
         await _dismantle(machine)
 
     def reap(self, launch_runtime: Path) -> None:
-        self._machines.pop(launch_runtime.name, None)
+        machine = self._machines.pop(launch_runtime.name, None)
+        if machine is not None:  # it was killed from outside
+            self._soon(_dismantle(machine))
         shutil.rmtree(launch_runtime, ignore_errors=True)
 
     async def abandon(self, launch_runtime: Path) -> None:
@@ -261,7 +271,9 @@ class FakeEngine:
 
     def _switch(self, machine: _Machine, layers: Sequence[NewLayer]) -> None:
         _save_disk(machine.launch, machine.active)
-        machine.active.update({layer.disk: layer.path for layer in layers})
+        for layer in layers:
+            os.close(machine.active[layer.disk])
+            machine.active[layer.disk] = os.open(layer.path, os.O_RDWR | os.O_CLOEXEC)
 
     async def restore(
         self, launches: Sequence[Launch], snapshot: SnapshotFiles, *, paused: bool = False
@@ -299,11 +311,13 @@ class FakeEngine:
         self._maybe_fail("attach_disk")
         machine = self._mine(running)
         if not disk.readonly:
-            machine.active[disk.name] = disk.chain[-1][0]
+            machine.active[disk.name] = os.open(disk.chain[-1][0], os.O_RDWR | os.O_CLOEXEC)
 
     async def detach_disk(self, running: Running, name: str) -> None:
         self._maybe_fail("detach_disk")
-        self._mine(running).active.pop(name, None)
+        fd = self._mine(running).active.pop(name, None)
+        if fd is not None:
+            os.close(fd)
 
     async def resize_disk(self, running: Running, name: str, size: int) -> None:
         self._maybe_fail("resize_disk")
@@ -344,6 +358,8 @@ async def _dismantle(machine: _Machine) -> None:
     machine.console.close()
     for listener in machine.ports.values():
         listener.close()
+    while machine.active:
+        os.close(machine.active.popitem()[1])
     await machine.guest.close()
 
 
@@ -466,7 +482,7 @@ def _tree_size(tree: Path) -> int:
     return sum(path.stat().st_size for path in _files(tree))
 
 
-def _save_disk(launch: Launch, active: dict[str, Path]) -> None:
+def _save_disk(launch: Launch, active: dict[str, int]) -> None:
     """Write the disk part of the tree into the active layer of the root disk."""
     if not launch.disks or launch.disks[0].name not in active:
         return
@@ -480,9 +496,7 @@ def _save_disk(launch: Launch, active: dict[str, Path]) -> None:
         for path in sorted((launch.runtime / "tree").iterdir()):
             tar.add(path, arcname=path.name, filter=keep)
     data = buffer.getvalue()
-    with open(active[launch.disks[0].name], "r+b") as file:
-        file.seek(_PAYLOAD_AT)
-        file.write(_PAYLOAD.pack(_MAGIC, len(data)) + data)
+    os.pwrite(active[launch.disks[0].name], _PAYLOAD.pack(_MAGIC, len(data)) + data, _PAYLOAD_AT)
 
 
 def _load_disk(disk: DiskFile, tree: Path) -> None:

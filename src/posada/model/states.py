@@ -83,6 +83,10 @@ VERBS: dict[str, frozenset[State]] = {
 
 _HINTS: dict[tuple[str, State], str] = {
     ("start", State.RUNNING): "it runs already",
+    ("resume", State.RUNNING): "it runs already",
+    ("resume", State.STOPPED): "start it with: posada start",
+    ("resume", State.CREATED): "start it with: posada start",
+    ("pause", State.PAUSED): "it is paused already",
     ("start", State.PAUSED): "resume it with: posada resume",
     ("exec", State.PAUSED): "resume it first with: posada resume",
     ("exec", State.STOPPED): "start it first with: posada start",
