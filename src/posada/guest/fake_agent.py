@@ -102,7 +102,7 @@ class FakeGuest:
         """Where a path of the guest is on this host."""
         if not path.startswith("/"):
             raise GuestError(f"{path!r} is not absolute", errno_name="EINVAL")
-        return Path(os.path.normpath(f"{self.root}/{path}"))
+        return Path(f"{self.root}{os.path.normpath(path)}")
 
     def hello(self) -> dict[str, Any]:
         return {

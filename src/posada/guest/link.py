@@ -99,7 +99,8 @@ class GuestLink(asyncio.Protocol):
         if isinstance(answer, GuestError):
             raise answer
         if answer.error is not None:
-            raise GuestError(f"{op}: {answer.error}", errno_name=answer.errno)
+            what = f"{op} {args['path']}" if "path" in args else op
+            raise GuestError(f"{what}: {answer.error}", errno_name=answer.errno)
         return answer.result
 
     async def open_stream(
