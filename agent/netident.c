@@ -37,7 +37,15 @@ void net_pause(struct net_pause *p)
 		close(fd);
 }
 
-/* Addresses and the routes to their networks come back with the card; routes by a gateway must be put back. */
+/* "eth0<tab>0002000A<tab>": the card and the destination, as a line of /proc/net/route begins. */
+static size_t route_key(const char *line)
+{
+	const char *tab = strchr(line, '\t');
+	tab = tab ? strchr(tab + 1, '\t') : NULL;
+	return tab ? (size_t)(tab - line) + 1 : 0;
+}
+
+/* Addresses and the routes to their networks come back with the card; the others must be put back. */
 static void put_route_back(int fd, const char *line)
 {
 	char card[16];
@@ -59,15 +67,20 @@ static void put_route_back(int fd, const char *line)
 
 void net_resume(struct net_pause *p)
 {
+	char now[sizeof p->routes], key[64];
 	int fd = socket(AF_INET, SOCK_DGRAM | SOCK_CLOEXEC, 0);
 	if (fd < 0)
 		return;
 	for (size_t i = 0; i < p->count; i++)
 		if (p->was_up[i])
 			set_up(fd, p->cards[i], true, NULL);
-	for (char *rest = p->routes, *line; (line = strsep(&rest, "\n"));)
-		if (*line)
+	read_text("/proc/net/route", now, sizeof now);
+	for (char *rest = p->routes, *line; (line = strsep(&rest, "\n"));) {
+		size_t n = route_key(line);
+		snprintf(key, sizeof key, "\n%.*s", (int)n, line);
+		if (n && !strstr(now, key))
 			put_route_back(fd, line);
+	}
 	close(fd);
 }
 
