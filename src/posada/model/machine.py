@@ -280,9 +280,11 @@ def spec_from_json(text: str | bytes) -> MachineSpec:
 
 def spec_from_yaml(text: str | bytes) -> MachineSpec:
     """Raises SpecError."""
+    from posada.model import yaml  # needed here alone, and slow to load
+
     try:
-        data = msgspec.yaml.decode(text)
-    except (msgspec.DecodeError, msgspec.ValidationError) as error:
+        data = yaml.decode(text)
+    except ValueError as error:
         raise SpecError("", f"the spec is not YAML: {error}") from None
     return make_spec(_mapping(data))
 
