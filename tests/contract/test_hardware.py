@@ -20,7 +20,8 @@ async def test_a_data_disk_comes_and_goes(inn: Inn) -> None:
     with pytest.raises(AlreadyExists):
         await inn.vms.attach_disk("one", DiskSpec(name="data", size=16 * MIB))
     if inn.engine != "fake":
-        listed = await inn.sh("one", "sh", "-c", "cat /sys/block/vdb/size")
+        wait = "for i in $(seq 100); do test -e /sys/block/vdb && exec cat /sys/block/vdb/size; sleep 0.1; done"
+        listed = await inn.sh("one", "sh", "-c", wait)
         assert int(listed.stdout) * 512 == 16 * MIB
     await inn.vms.snapshot("one", "with-data")
     await inn.vms.detach_disk("one", "data")

@@ -145,6 +145,8 @@ class House:
             status = self.engine(vm.engine).status(vm.running)
             if status.alive and not (status.paused and vm.state is State.RUNNING):
                 return vm
+            if not status.alive and alive(vm.running.keeper):
+                return vm  # it has just ended; its keeper is about to write down how
         with self.locks.attempt(vm.uuid, "refresh") as held:
             if not held or self.interrupted(vm.uuid):
                 return vm
@@ -168,6 +170,13 @@ class House:
         state = State.CRASHED if status.crashed else State.STOPPED
         return self.save(vm, state=state, running=None, exit=status.ended or "ended")
 
+    async def _see_it_out(self, vm: VmRecord) -> None:
+        """If its process has just ended, wait for its keeper to write down how: milliseconds."""
+        if vm.running is not None and alive(vm.running.keeper):
+            engine = self.engine(vm.engine)
+            if not engine.status(vm.running).alive:
+                await engine.wait(vm.running, timeout=10.0)
+
     def interrupted(self, uuid: str) -> list[OperationRecord]:
         """Open operations on this vm whose owner is dead."""
         return [op for op in self.db.open_operations() if uuid in op.intent.get("vms", ()) and not alive(op.owner)]
@@ -190,6 +199,7 @@ class House:
                 vm = self.db.vm(uuid)
                 if vm is None:
                     raise NotFound("vm", ref, hint="it has been deleted meanwhile")
+                await self._see_it_out(vm)
                 vm = self.refresh_held(vm)
                 if vm.state in LIVE and vm.running is None:
                     await self.engine(vm.engine).abandon(self.paths.machine(uuid))

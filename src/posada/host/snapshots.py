@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import uuid
 
 import msgspec
@@ -73,6 +75,7 @@ async def _take(house: House, vm: VmRecord, name: str, kind: SnapshotKind, progr
         faults.point("snapshot.directory")
         pause, memory, private = 0.0, 0, {}
         if kind is SnapshotKind.FULL:
+            await _sync(house, vm)
             async with still(house, vm, op) as token, growing(house, vm) as growth:
                 faults.point("snapshot.grown")
                 capture = await engine.capture(house.running(vm), folder, growth.switch)
@@ -111,6 +114,15 @@ async def _take(house: House, vm: VmRecord, name: str, kind: SnapshotKind, progr
         op.succeed(snapshot=id, name=name)
     house.events.emit("snapshot.created", vm, snapshot=name, pause=pause)
     return record
+
+
+async def _sync(house: House, vm: VmRecord) -> None:
+    """Have the guest write out what it holds back, so that the snapshot's disks are worth cloning without its memory."""
+    if vm.state is State.RUNNING and house.has_agent(vm):
+        client = await house.guests.connect(vm, timeout=10.0)
+        with contextlib.suppress(GuestError, TimeoutError):
+            async with asyncio.timeout(10.0):
+                await client.call("sync")
 
 
 class _frozen:
