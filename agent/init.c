@@ -161,10 +161,10 @@ void init_run(void)
 	timing_step("devtmpfs, proc, sysfs, since the kernel began");
 	int modules = open("/modules", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
 	if (modules >= 0) {
-		modules_load(modules, "order");
+		modules_load(modules);
 		close(modules);
 	}
-	timing_step("modules");
+	timing_step("order");
 	is_init = strcmp(cmdline_get("posada.mode", "fast"), "full") != 0;
 	loop_init();
 	if (!ports_open())

@@ -2,11 +2,24 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <stdbool.h>
 #include <string.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
 #include "util.h"
+
+/* inet_diag: destroys inherited connections (sockets.c). */
+static const char *const rare[] = {"inet_diag.ko", "tcp_diag.ko"};
+
+static bool is_rare(const char *path)
+{
+	const char *slash = strrchr(path, '/'), *name = slash ? slash + 1 : path;
+	for (size_t i = 0; i < COUNT(rare); i++)
+		if (strcmp(name, rare[i]) == 0)
+			return true;
+	return false;
+}
 
 static void load(int dir, const char *path)
 {
@@ -16,18 +29,32 @@ static void load(int dir, const char *path)
 	if (syscall(SYS_finit_module, fd, "", 0) < 0 && errno != EEXIST)
 		say("posada-agent: module %s: %s", path, strerror(errno));
 	close(fd);
+	timing_step(path);
 }
 
-void modules_load(int dir, const char *list)
+static void load_listed(int dir, bool rare_ones)
 {
 	static char text[16384];
-	int fd = openat(dir, list, O_RDONLY | O_CLOEXEC);
+	int fd = openat(dir, "order", O_RDONLY | O_CLOEXEC);
 	if (fd < 0)
 		return;
 	ssize_t n = read(fd, text, sizeof text - 1);
 	close(fd);
 	text[n < 0 ? 0 : n] = 0;
-	for (char *rest = text, *line; (line = strsep(&rest, "\n"));)
-		if (*line && *line != '#')
+	for (char *rest = text, *line; (line = strsep(&rest, "\n"));) {
+		if (strncmp(line, "/modules/", 9) == 0)
+			line += 9; /* the root may be another by now */
+		if (*line && is_rare(line) == rare_ones)
 			load(dir, line);
+	}
+}
+
+void modules_load(int dir)
+{
+	load_listed(dir, false);
+}
+
+void modules_load_rare(int dir)
+{
+	load_listed(dir, true);
 }

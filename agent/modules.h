@@ -1,8 +1,12 @@
-/* Kernel modules of the initramfs. */
+/* Kernel modules of the initramfs: /modules/order names them in the order they load, one path a line. */
 #ifndef POSADA_MODULES_H
 #define POSADA_MODULES_H
 
-/* Loads every module named in dir/list, in that order; the paths are relative to dir. What is missing is skipped. */
-void modules_load(int dir, const char *list);
+/*
+ * dir: /modules, open. What is missing is skipped. A few are left out until somebody needs them, which most guests never do;
+ * those, and only those, are loaded by modules_load_rare.
+ */
+void modules_load(int dir);
+void modules_load_rare(int dir);
 
 #endif

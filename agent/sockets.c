@@ -149,7 +149,7 @@ int sockets_destroy_foreign(const char **note)
 	}
 	int dir = initramfs_fd < 0 ? -1 : openat(initramfs_fd, "modules", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
 	if (dir >= 0) {
-		modules_load(dir, "late");
+		modules_load_rare(dir);
 		close(dir);
 	}
 	/* With the cards down no RST leaves: the source's peer must not take it for the source's. */
