@@ -255,7 +255,7 @@ class Link:
 
     def _violation(self, what: str) -> ProtocolError:
         sender = "the guest's agent" if self.role is Role.CLIENT else "the client"
-        return ProtocolError(f"{sender} sent {what}")
+        return ProtocolError(f"{sender} sent {printable(what)}")
 
     def _frame(self, kind: FrameType, stream: int, flags: int, payload: bytes) -> events.Event | None:
         if kind is FrameType.PING or kind is FrameType.PONG:
