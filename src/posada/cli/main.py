@@ -121,11 +121,7 @@ def execute(argv: Sequence[str]) -> int:
     except (click.Abort, KeyboardInterrupt):
         return 130
     except BrokenPipeError as error:
-        if hasattr(error, "hint"):  # a guest's, not ours
-            return output.fail_with(error)
-        # Whoever read our output has gone. Python would complain once more when it flushes at its end.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        return 141
+        return output.fail_with(error) if hasattr(error, "hint") else output.reader_gone()
     except Exception as error:
         if debug:
             raise

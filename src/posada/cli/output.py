@@ -143,6 +143,12 @@ def fail_with(error: Exception) -> int:
     )  # fmt: skip
 
 
+def reader_gone() -> int:
+    """Whoever read our output has gone: no error, and nothing more to say. The status is a shell's for SIGPIPE."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python would complain when it flushes at its end
+    return 141
+
+
 def on_terminal() -> bool:
     """Whether progress may be shown."""
     return sys.stderr.isatty() and os.environ.get("TERM") != "dumb"

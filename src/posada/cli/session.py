@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import functools
 import signal
+import sys
 from collections.abc import Callable, Coroutine
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec
+
+from posada.cli import output
 
 if TYPE_CHECKING:
     from posada.aio import Host
@@ -34,6 +37,8 @@ def drive(work: Work) -> int | None:
     """Run it to its end. Ctrl-C cancels it (asyncio.run does that), and so do SIGTERM and SIGHUP: it cleans up."""
     import asyncio
 
+    from posada.errors import PosadaError
+
     async def guarded() -> int | None:
         loop, task = asyncio.get_running_loop(), asyncio.current_task()
         ended: list[int] = []
@@ -52,4 +57,13 @@ def drive(work: Work) -> int | None:
                 raise
             return 128 + ended[0]
 
-    return asyncio.run(guarded())
+    try:
+        return asyncio.run(guarded())
+    except KeyboardInterrupt:
+        if sys.stderr.isatty():
+            print(file=sys.stderr)  # the terminal has printed ^C
+        return 130
+    except BrokenPipeError as error:
+        if isinstance(error, PosadaError):
+            raise
+        return output.reader_gone()

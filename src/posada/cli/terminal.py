@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import shutil
 import signal
 import stat
 import sys
@@ -25,9 +24,13 @@ def both_are_terminals() -> bool:
 
 
 def size() -> tuple[int, int]:
-    """(rows, columns)."""
-    columns, rows = shutil.get_terminal_size()
-    return rows, columns
+    """(rows, columns) of the terminal; 24 × 80 where there is none."""
+    for fd in (0, 1, 2):
+        with contextlib.suppress(OSError):
+            columns, rows = os.get_terminal_size(fd)
+            if columns and rows:
+                return rows, columns
+    return 24, 80
 
 
 @contextlib.contextmanager
@@ -35,7 +38,7 @@ def raw() -> Iterator[None]:
     """Every key goes through as it is typed, Ctrl-C too. Undone at the end, whatever happens."""
     before = termios.tcgetattr(0)
     try:
-        tty.setraw(0)
+        tty.setraw(0, termios.TCSADRAIN)  # keeps what was typed ahead
         yield
     finally:
         termios.tcsetattr(0, termios.TCSADRAIN, before)
@@ -61,23 +64,28 @@ async def read_stdin() -> AsyncIterator[bytes]:
             yield data
             await asyncio.sleep(0)
         return
-    ready = asyncio.Event()
-    loop.add_reader(0, ready.set)
-    try:
-        while True:
-            await ready.wait()
-            ready.clear()
-            try:
-                data = os.read(0, CHUNK)
-            except BlockingIOError:
-                continue
-            except OSError:  # the terminal has gone
-                return
-            if not data:
-                return
-            yield data
-    finally:
-        loop.remove_reader(0)
+    while True:
+        # Armed anew for each read: a second report of the same bytes would make the read below block.
+        ready: asyncio.Future[None] = loop.create_future()
+        loop.add_reader(0, _tell, ready)
+        try:
+            await ready
+        finally:
+            loop.remove_reader(0)
+        try:
+            data = os.read(0, CHUNK)
+        except BlockingIOError:
+            continue
+        except OSError:  # the terminal has gone
+            return
+        if not data:
+            return
+        yield data
+
+
+def _tell(ready: asyncio.Future[None]) -> None:
+    if not ready.done():
+        ready.set_result(None)
 
 
 def _is_null() -> bool:
