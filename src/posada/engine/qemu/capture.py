@@ -18,10 +18,11 @@ from pathlib import Path
 import msgspec
 
 from posada.engine.base import Capture, CaptureFailed, NewLayer
-from posada.engine.qemu import pages, ram
+from posada.engine.qemu import ram
 from posada.engine.qemu.disks import Switch
 from posada.engine.qemu.files import reopen
 from posada.engine.qemu.machine import Machine
+from posada.engine.qemu.mirror import Mirror
 from posada.engine.qemu.qmp import Session
 from posada.errors import EngineError, PosadaError
 from posada.model.records import Running
@@ -45,8 +46,8 @@ class Source:
         self.devices = self._own(os.memfd_create("posada-devices", os.MFD_CLOEXEC))
         self._writer = self._own(reopen(self.devices, os.O_WRONLY))
         self._fdset = -1
-        self._source = self._own(ram.of_process(machine.process.pid, size))
-        self._shared = all(area.shared for area in pages.areas(machine.process.pid))
+        self._mirror = Mirror(machine.process.pid, self.memory, size)
+        self._stack.callback(self._mirror.close)
         self.pause = 0.0
 
     def _own(self, fd: int) -> int:
@@ -63,7 +64,7 @@ class Source:
         """
         self._fdset = await self._session.add_fd(self._writer)
         try:
-            await asyncio.gather(self.switch.prepare(), asyncio.to_thread(ram.copy, self._source, self.memory))
+            await asyncio.gather(self.switch.prepare(), asyncio.to_thread(self._mirror.prepare))
         except BaseException:
             await self.switch.undo()
             raise
@@ -80,7 +81,10 @@ class Source:
         except asyncio.CancelledError:
             await asyncio.wait([task])
             raise
-        await asyncio.to_thread(ram.seal, self.memory)
+
+    async def seal(self) -> None:
+        """Fix the copy for good. Before anybody runs on it."""
+        await asyncio.to_thread(self._seal)
 
     async def _freeze(self) -> None:
         ran = bool((await self._session.execute("query-status"))["running"])
@@ -94,10 +98,14 @@ class Source:
             self.pause = time.monotonic() - began
             await self.switch.undo()
 
+    def _seal(self) -> None:
+        self._mirror.close()
+        ram.seal(self.memory)
+
     async def _save(self) -> None:
         before = await self._save_devices()
         for _ in range(_ROUNDS):
-            await asyncio.gather(asyncio.to_thread(self._copy_memory), self.switch.commit())
+            await asyncio.gather(asyncio.to_thread(self._mirror.copy), self.switch.commit())
             after = await self._save_devices()
             if after == before:
                 return
@@ -111,13 +119,6 @@ class Source:
         arguments = {"filename": f"/dev/fdset/{self._fdset}", "live": False}
         await self._session.execute("xen-save-devices-state", timeout=60, **arguments)
         return os.pread(self.devices, DEVICES_MAX, 0)
-
-    def _copy_memory(self) -> None:
-        if self._shared:
-            ram.copy(self._source, self.memory)
-            ram.drop_stale(self._source, self.memory)
-        else:
-            pages.lay_over(self.machine.process.pid, self.memory, self.layout.memory)
 
 
 @contextlib.asynccontextmanager
@@ -143,6 +144,7 @@ async def capture(running: Running, target: Path, layers: Sequence[NewLayer]) ->
     async with source(running, layers) as frozen:
         await frozen.prepare()
         await frozen.freeze()
+        await frozen.seal()
         written = await asyncio.to_thread(_store, frozen, target)
         private = {"layout": msgspec.to_builtins(frozen.layout)}
         return Capture(pause=frozen.pause, memory_bytes=written, private=private)

@@ -21,12 +21,15 @@ async def fork(running: Running, children: Sequence[Launch], layers: Sequence[Ne
     async with capture.source(running, layers) as source:
         newborns = [Newborn(launch, source.layout, facts) for launch in children]
         try:
-            opened, _ = await asyncio.gather(
-                open_all(newborns, source.memory, source.devices),
-                source.prepare(),
-            )
-            await source.freeze()
-            outcomes = await load_all(newborns, opened, paused=False)
+            opening = asyncio.ensure_future(open_all(newborns, source.memory, source.devices))
+            try:
+                await source.prepare()
+                if len(children) >= (os.cpu_count() or 1):
+                    await asyncio.wait([opening])  # they would take the processors from the pause
+                await source.freeze()
+            finally:
+                opened = await opening
+            outcomes = await load_all(newborns, opened, source.seal(), paused=False)
         except BaseException:
             await asyncio.gather(*(n.abandon() for n in newborns), return_exceptions=True)
             raise
@@ -46,8 +49,7 @@ async def restore(
     try:
         load = asyncio.to_thread(ram.load, snapshot.path / capture.MEMORY, memory, layout.memory)
         opened, _ = await asyncio.gather(open_all(newborns, memory, snapshot.path / capture.DEVICES), load)
-        ram.seal(memory)
-        return await load_all(newborns, opened, paused=paused)
+        return await load_all(newborns, opened, asyncio.to_thread(ram.seal, memory), paused=paused)
     except BaseException:
         with contextlib.suppress(Exception):
             await asyncio.gather(*(n.abandon() for n in newborns))

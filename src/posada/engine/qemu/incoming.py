@@ -10,7 +10,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+from collections.abc import Coroutine
 from pathlib import Path
+from typing import Any
 
 from posada.engine.base import Launch
 from posada.engine.qemu import machine, pages, ports, qmp
@@ -70,8 +72,12 @@ class Newborn:
             await self.abandon()
             raise
 
-    async def load(self, *, paused: bool) -> Running:
-        """Load the devices, run, record. The memory file is filled and sealed. On failure nothing is left."""
+    async def load(self, sealed: asyncio.Future[None], *, paused: bool) -> Running:
+        """Load the devices, run, record. The memory file is filled. On failure nothing is left.
+
+        ``sealed``: done when nobody can change the memory file any more. Until then the machine only loads: its balloon
+        could punch holes into what others map.
+        """
         spawned, session = self._spawned, self._session
         if spawned is None or session is None:
             raise EngineError("the machine was not opened")
@@ -82,6 +88,7 @@ class Newborn:
             await session.execute("migrate-set-capabilities", capabilities=[{"capability": "events", "state": True}])
             await session.execute("migrate-incoming", uri=f"fd:{self._state}")
             await self._loaded(session)
+            await asyncio.shield(sealed)
             if not paused:
                 await session.execute("cont")
             running = await machine.record(session, spawned, self.launch, self.layout, cid=self._cid)
@@ -124,11 +131,16 @@ async def open_all(newborns: list[Newborn], memory: int, state: int | Path) -> l
 
 
 async def load_all(
-    newborns: list[Newborn], opened: list[BaseException | None], *, paused: bool
+    newborns: list[Newborn], opened: list[BaseException | None], seal: Coroutine[Any, Any, None], *, paused: bool
 ) -> list[Running | Exception]:
-    """Load those that opened, together. The outcome of each, in order; cancellation ends all."""
+    """Load those that opened, together, while ``seal`` is awaited. The outcome of each, in order."""
     alive = [n for n, error in zip(newborns, opened, strict=True) if error is None]
-    loaded = iter(await asyncio.gather(*(n.load(paused=paused) for n in alive), return_exceptions=True))
+    sealed = asyncio.ensure_future(seal)
+    try:
+        results = await asyncio.gather(*(n.load(sealed, paused=paused) for n in alive), return_exceptions=True)
+    finally:
+        await sealed
+    loaded = iter(results)
     outcomes: list[Running | Exception] = []
     for error in opened:
         outcome = next(loaded) if error is None else error

@@ -13,6 +13,7 @@ import os
 import struct
 from typing import NamedTuple
 
+from posada.engine.qemu.mapping import Mapping
 from posada.engine.qemu.ram import NAME
 from posada.errors import EngineError
 
@@ -107,43 +108,35 @@ def _read(fd: int, area: Area) -> list[tuple[int, int]]:
     return found
 
 
-def lay_over(pid: int, target: int, size: int) -> int:
-    """Write the process's private pages over the memfd ``target`` of ``size`` bytes. Returns the bytes copied.
+def read_private(pid: int, target: Mapping) -> int:
+    """Copy the process's private pages to where they belong in a copy of its memory. Returns the bytes copied.
 
-    The process must stand still. Raises OSError when it may not be read, EngineError when it changed under our hands.
+    ``target`` is that copy. The process must stand still. Raises OSError when it may not be read, EngineError when it
+    changed under our hands.
     """
-    regions = private(pid)
-    if not regions:
-        return 0
     libc = ctypes.CDLL(None, use_errno=True)
     libc.process_vm_readv.restype = ctypes.c_ssize_t
+    regions = private(pid)
     total = 0
-    with mmap.mmap(target, size) as view:
-        keep = ctypes.c_char.from_buffer(view)
-        base = ctypes.addressof(keep)
-        try:
-            for i in range(0, len(regions), _IOV_MAX):
-                part = regions[i : i + _IOV_MAX]
-                if any(offset + length > size for _, offset, length in part):
-                    raise EngineError("the machine maps more memory than it has")
-                local = array.array("Q", [x for _, offset, length in part for x in (base + offset, length)])
-                remote = array.array("Q", [x for address, _, length in part for x in (address, length)])
-                want = sum(length for _, _, length in part)
-                # SAFETY: each local range lies inside `view` (checked above), which stays mapped until `keep` is dropped.
-                got = libc.process_vm_readv(
-                    pid,
-                    ctypes.c_void_p(local.buffer_info()[0]),
-                    ctypes.c_ulong(len(part)),
-                    ctypes.c_void_p(remote.buffer_info()[0]),
-                    ctypes.c_ulong(len(part)),
-                    ctypes.c_ulong(0),
-                )
-                if got < 0:
-                    number = ctypes.get_errno()
-                    raise OSError(number, f"process_vm_readv: {os.strerror(number)}")
-                if got != want:
-                    raise EngineError("the machine's memory changed while it was copied")
-                total += want
-        finally:
-            del keep
+    for i in range(0, len(regions), _IOV_MAX):
+        part = regions[i : i + _IOV_MAX]
+        if any(offset + length > target.size for _, offset, length in part):
+            raise EngineError("the machine maps more memory than it has")
+        local = array.array("Q", [x for _, offset, length in part for x in (target.address + offset, length)])
+        remote = array.array("Q", [x for address, _, length in part for x in (address, length)])
+        # SAFETY: each local range lies inside `target` (checked above).
+        got = libc.process_vm_readv(
+            pid,
+            ctypes.c_void_p(local.buffer_info()[0]),
+            ctypes.c_ulong(len(part)),
+            ctypes.c_void_p(remote.buffer_info()[0]),
+            ctypes.c_ulong(len(part)),
+            ctypes.c_ulong(0),
+        )
+        if got < 0:
+            number = ctypes.get_errno()
+            raise OSError(number, f"process_vm_readv: {os.strerror(number)}")
+        if got != sum(length for _, _, length in part):
+            raise EngineError("the machine's memory changed while it was copied")
+        total += got
     return total

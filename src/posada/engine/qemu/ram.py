@@ -9,7 +9,6 @@ Everything here blocks; callers use a thread. The copies release the interpreter
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import fcntl
 import os
@@ -26,9 +25,10 @@ _CHUNK = 1 << 28
 
 
 def create(size: int, name: str = NAME) -> int:
-    """An empty memfd of ``size`` bytes that can be sealed."""
+    """An empty memfd of ``size`` bytes that can be sealed, and whose size cannot be changed."""
     fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     os.ftruncate(fd, size)
+    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
     return fd
 
 
@@ -54,8 +54,7 @@ def extents(fd: int) -> Iterator[tuple[int, int]]:
 def copy(source: int, target: int) -> int:
     """Lay everything of ``source`` that is not a hole over ``target``. Returns the bytes copied.
 
-    Holes leave ``target`` as it is. The offsets of both descriptors are used up. sendfile(2) was the fastest of the ways
-    tried between memfds: 37 ms for 81 MB (mmap and pwrite take longer, copy_file_range does not work on tmpfs).
+    Holes leave ``target`` as it is. The offsets of both descriptors are used up.
     """
     total = 0
     for start, end in extents(source):
@@ -68,28 +67,6 @@ def copy(source: int, target: int) -> int:
             offset += sent
         total += end - start
     return total
-
-
-def drop_stale(source: int, target: int) -> None:
-    """Make a hole in ``target`` wherever ``source`` has one: what an earlier `copy` brought and the guest freed since."""
-    kept = list(extents(source))
-    i = 0
-    for start, end in list(extents(target)):
-        while start < end:
-            while i < len(kept) and kept[i][1] <= start:
-                i += 1
-            hole_end = min(end, kept[i][0]) if i < len(kept) else end
-            if hole_end > start:
-                _punch(target, start, hole_end)
-            start = max(hole_end, kept[i][1] if i < len(kept) else end)
-
-
-def _punch(fd: int, start: int, end: int) -> None:
-    """fallocate(2) with FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, which Python does not have."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.fallocate(fd, 3, ctypes.c_long(start), ctypes.c_long(end - start)):
-        number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number))
 
 
 def of_process(pid: int, size: int) -> int:

@@ -7,7 +7,6 @@ import ctypes
 import fcntl
 import os
 import resource
-from collections.abc import Mapping, Sequence
 
 PR_SET_NO_NEW_PRIVS = 38
 PR_SET_PTRACER = 0x59616D61
@@ -20,14 +19,11 @@ _PARKING = 1024
 class Confinement:
     """How QEMU is confined. ``uid`` None: stay who we are (rootless)."""
 
-    def __init__(
-        self, *, uid: int | None, groups: Sequence[int], nofile: int, cgroups: Sequence[str], fds: Mapping[int, int]
-    ) -> None:
+    def __init__(self, *, uid: int | None, groups: list[int], nofile: int, fds: dict[int, int]) -> None:
         self.uid = uid
-        self.groups = tuple(groups)
+        self.groups = groups
         self.nofile = nofile
-        self.cgroups = tuple(cgroups)
-        self.fds = dict(fds)
+        self.fds = fds
         # Loaded before fork: nothing but system calls happens in the child.
         self.report = -1
         self._prctl = ctypes.CDLL(None, use_errno=True).prctl
@@ -37,9 +33,6 @@ class Confinement:
 
         Returns with stdin on /dev/null, stdout and stderr on ``stderr``, and each descriptor of ``fds`` at its number.
         """
-        for path in self.cgroups:
-            with open(f"{path}/cgroup.procs", "w") as file:
-                file.write(str(os.getpid()))
         hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
         limit = self.nofile if hard == resource.RLIM_INFINITY else min(self.nofile, hard)
         resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))

@@ -66,7 +66,7 @@ def start_time(pid: int) -> int:
 
 def spawn(job: Job, stderr: int) -> int:
     """QEMU's pid, once it has been exec'd. Raises OSError with what failed."""
-    jail = Confinement(uid=job.uid, groups=job.groups, nofile=job.nofile, cgroups=job.cgroups, fds=job.fds)
+    jail = Confinement(uid=job.uid, groups=job.groups, nofile=job.nofile, fds=job.fds)
     reader, writer = os.pipe()
     pid = os.fork()
     if pid == 0:
@@ -88,6 +88,16 @@ def spawn(job: Job, stderr: int) -> int:
         os.waitpid(pid, 0)
         raise OSError(failure.decode(errors="replace"))
     return pid
+
+
+def limit(pid: int, cgroups: list[str]) -> None:
+    """Move QEMU into its cgroups. The first move waits for an RCU grace period (12 ms): QEMU starts up meanwhile."""
+    for path in cgroups:
+        try:
+            with open(f"{path}/cgroup.procs", "w") as file:
+                file.write(str(pid))
+        except OSError:
+            pass  # no limit, as where cgroups are not writable at all
 
 
 class Keeper:
@@ -388,4 +398,5 @@ def main() -> None:
         os.write(job.control, f"ok {pid} {start_time(pid)} {me} {start_time(me)}\n".encode())
     except OSError:
         pass  # the client is gone already: the loop finds its end closed and ends the machine
+    limit(pid, job.cgroups)
     Keeper(job, pid, stderr, wake).run()
