@@ -64,15 +64,16 @@ def _payload(image: bytes) -> tuple[bytes, int]:
 
 
 def _unpack(payload: bytes, size: int) -> bytes:
+    limit = size + 1  # one more than is claimed tells a lie from the truth
     try:
         if payload.startswith(_GZIP):
-            out = zlib.decompressobj(zlib.MAX_WBITS | 16).decompress(payload, size)
+            out = zlib.decompressobj(zlib.MAX_WBITS | 16).decompress(payload, limit)
         elif payload.startswith((_XZ, _LZMA)):
-            out = lzma.LZMADecompressor(memlimit=MAX_KERNEL).decompress(payload, size)
+            out = lzma.LZMADecompressor(memlimit=MAX_KERNEL).decompress(payload, limit)
         elif payload.startswith(_LZ4_LEGACY):
             out = _unpack_lz4(payload[4:-4], size)
         elif payload.startswith(_ZSTD):
-            out = _unpack_zstd(payload, size)
+            out = _unpack_zstd(payload, limit)
         else:
             raise ImageError(f"the kernel is compressed in an unknown way ({payload[:4].hex()})")
     except (zlib.error, lzma.LZMAError) as error:
@@ -84,7 +85,7 @@ def _unpack(payload: bytes, size: int) -> bytes:
 
 def _unpack_lz4(blocks: bytes, size: int) -> bytes:
     """Legacy frame: blocks of (u32 length, data), each of at most 8 MiB unpacked."""
-    decompress: Any = importlib.import_module("lz4.block").decompress
+    lz4: Any = importlib.import_module("lz4.block")
     out = bytearray()
     at = 0
     while at + 4 <= len(blocks) and len(out) < size:
@@ -95,21 +96,21 @@ def _unpack_lz4(blocks: bytes, size: int) -> bytes:
         if length == 0 or at + length > len(blocks):
             raise ImageError("the kernel's lz4 payload is corrupt: a block reaches beyond its end")
         try:
-            out += decompress(blocks[at : at + length], uncompressed_size=min(_LZ4_BLOCK, size - len(out)))
-        except (ValueError, RuntimeError) as error:
+            out += lz4.decompress(blocks[at : at + length], uncompressed_size=min(_LZ4_BLOCK, size - len(out)))
+        except (lz4.LZ4BlockError, ValueError) as error:
             raise ImageError(f"the kernel's lz4 payload is corrupt: {error}") from error
         at += length
     return bytes(out)
 
 
-def _unpack_zstd(payload: bytes, size: int) -> bytes:
+def _unpack_zstd(payload: bytes, limit: int) -> bytes:
     try:
         zstandard: Any = importlib.import_module("zstandard")
     except ImportError:
         raise ImageError("the kernel is compressed with zstd", hint="pip install zstandard") from None
     try:
         reader = zstandard.ZstdDecompressor(max_window_size=1 << 27).stream_reader(io.BytesIO(payload))
-        out: bytes = reader.read(size)
+        out: bytes = reader.read(limit)
     except zstandard.ZstdError as error:
         raise ImageError(f"the kernel's payload is corrupt: {error}") from error
     return out
@@ -134,7 +135,7 @@ def _find_note(notes: bytes) -> bool:
     at = 0
     while at + 12 <= len(notes):
         name_size, size, kind = struct.unpack_from("<III", notes, at)
-        if kind == _XEN_ELFNOTE_PHYS32_ENTRY and notes[at + 12 : at + 16] == b"Xen\0":
+        if (kind, name_size) == (_XEN_ELFNOTE_PHYS32_ENTRY, 4) and notes[at + 12 : at + 16] == b"Xen\0":
             return True
         at += 12 + (name_size + 3 & ~3) + (size + 3 & ~3)
     return False
