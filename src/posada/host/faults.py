@@ -1,10 +1,12 @@
 """Fault points: places at which the tests kill this process. Inert unless POSADA_FAULT names one.
 
-``POSADA_FAULT=fork.switched`` kills it (SIGKILL) when it gets there; ``POSADA_FAULT=fork.switched!`` raises OSError.
+``POSADA_FAULT=fork.switched`` kills it (SIGKILL) when it gets there; ``POSADA_FAULT=fork.switched!`` raises OSError;
+``POSADA_FAULT=fork.switched~`` cancels the task, as Ctrl-C does.
 """
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 
@@ -25,3 +27,6 @@ def point(name: str) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
     if name + "!" == _armed:
         raise OSError(f"fault injected at {name}")
+    task = asyncio.current_task()
+    if name + "~" == _armed and task is not None:
+        task.cancel()
