@@ -220,6 +220,12 @@ class TestProcess:
             with pytest.raises(StreamClosed):
                 await process.write(b"x" * (2 * WINDOW))
 
+    async def test_writing_without_stdin(self, tmp_path: Path) -> None:
+        async with fake_client(tmp_path) as (_, client):
+            async with await client.exec(["sleep", "600"]) as process:
+                with pytest.raises(StreamClosed, match="stdin=True"):
+                    await process.write(b"x")
+
     async def test_kept_command_outlives_its_connection(self, tmp_path: Path) -> None:
         async with fake_client(tmp_path) as (guest, client):
             process = await client.exec(["sh", "-c", "read x; echo got $x"], stdin=True, keep=True)
@@ -352,6 +358,18 @@ class TestEnds:
             await client.close()
             with pytest.raises(GuestGone, match="closed"):
                 await client.call("ping")
+
+    async def test_closing_does_not_wait_for_a_guest_that_stands_still(self, tmp_path: Path) -> None:
+        async with fake_client(tmp_path) as (guest, client):
+            for held in guest.links:
+                held._transport.pause_reading()  # type: ignore[union-attr]
+            waiting = [asyncio.ensure_future(client.write_file(f"/{i}", bytes(WINDOW))) for i in range(20)]
+            while not client._link._unread() > WINDOW:
+                await asyncio.wait(waiting, timeout=0.01)
+            async with asyncio.timeout(5):
+                await client.close()
+                for result in await asyncio.gather(*waiting, return_exceptions=True):
+                    assert isinstance(result, GuestGone)
 
     async def test_output_that_came_before_the_end_is_not_lost(self, tmp_path: Path) -> None:
         async with fake_client(tmp_path) as (guest, client):

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from guest_kit import Wire, fake_client, flood, scripted, until_closed
 
-from posada.errors import Busy, GuestError, GuestGone, ProtocolError, Timeout
+from posada.errors import Busy, GuestError, GuestGone, HostError, ProtocolError, Timeout
 from posada.guest import channel, link
 from posada.guest.channel import ChannelLock
 from posada.guest.client import GuestClient
@@ -47,6 +47,14 @@ class TestConnecting:
     async def test_no_channel(self) -> None:
         with pytest.raises(GuestGone, match="no channel"):
             await GuestClient.connect([], timeout=1)
+
+    async def test_a_channel_that_is_not_ours(self, tmp_path: Path) -> None:
+        (tmp_path / "agent.lock").mkdir()
+        with pytest.raises(HostError, match="cannot connect"):
+            await connect(tmp_path / "agent")
+        (tmp_path / ("d" * 100)).mkdir()
+        with pytest.raises(HostError, match="too long"):
+            await connect(tmp_path / ("d" * 100) / "agent")
 
     async def test_silence_times_out_and_lets_go_of_the_channel(self, tmp_path: Path) -> None:
         async with scripted(tmp_path / "agent", until_closed) as agent:

@@ -117,6 +117,19 @@ def test_links_that_stay_inside_are_kept(tmp_path: Path) -> None:
     assert {n: os.readlink(tmp_path / "out" / n) for n in links} == links
 
 
+def test_all_links_if_asked_for_and_nothing_is_written_through_them(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    unpacker = Unpacker(tmp_path / "out", strip=True, all_links=True)
+    try:
+        unpacker.feed(TOP + link("top/l", "../elsewhere") + link("top/etc", "/etc"))
+        with pytest.raises(HostError, match="cannot unpack"):
+            unpacker.feed(entry("top/l/file", data=b"evil") + END)
+    finally:
+        unpacker.close()
+    assert os.readlink(tmp_path / "out" / "etc") == "/etc"
+    assert list((tmp_path / "elsewhere").iterdir()) == []
+
+
 def test_a_chain_of_links_cannot_climb(tmp_path: Path) -> None:
     """s leads up to the top by honest means; x would use it to climb one higher (CVE-2025-4330 is of this kind)."""
     archive = (

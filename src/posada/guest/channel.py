@@ -8,7 +8,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from posada.errors import Busy, GuestGone, Timeout
+from posada.errors import Busy, GuestGone, HostError, PosadaError, Timeout
 from posada.guest.link import Alive, GuestLink
 
 _FIRST_PAUSE, _LAST_PAUSE = 0.01, 0.25
@@ -51,7 +51,7 @@ async def connect(channels: Sequence[Path], *, timeout: float | None, alive: Ali
 
     Waits for a free channel, for the socket to appear, and for the guest to boot, ``timeout`` seconds in all. Raises
     Busy when every channel was taken all the time, Timeout, GuestGone (at once when ``alive`` denies), ProtocolError,
-    and GuestError when the guest says that it cannot boot.
+    GuestError when the guest says that it cannot boot, and HostError when the channels are not ours to use.
     """
     if not channels:
         raise GuestGone("the machine has no channel to an agent", hint="its image runs no posada agent")
@@ -60,12 +60,18 @@ async def connect(channels: Sequence[Path], *, timeout: float | None, alive: Ali
         async with asyncio.timeout(timeout):
             lock, channel = await _take_one(channels, alive)
             return await _open(channel, lock, alive)
-    except TimeoutError:
+    except TimeoutError as error:
+        if isinstance(error, PosadaError):
+            raise
         if lock is None and any(channel.parent.exists() for channel in channels):
             raise Busy(
                 f"all {len(channels)} channels to the guest's agent are in use", hint="wait for other commands to end"
             ) from None
         raise Timeout(f"the guest's agent did not answer within {timeout:g} s", hint="see the console log") from None
+    except OSError as error:
+        if isinstance(error, PosadaError):
+            raise
+        raise HostError(f"cannot connect to the guest's agent at {channels[0]}: {error}") from error
 
 
 async def _take_one(channels: Sequence[Path], alive: Alive | None) -> tuple[ChannelLock, Path]:

@@ -136,7 +136,8 @@ class GuestClient(GuestFiles):
         outputs = frozenset({0}) if "pty" in body else frozenset({0, 1})
         what = f"exec {argv[0]}"
         stream: Stream = await self._link.open_stream(body, what=what, outputs=outputs, data=data, eof=eof)
-        return GuestProcess(self._link, stream, argv)
+        # A terminal is always written to; of a command that is attached to we do not know.
+        return GuestProcess(self._link, stream, argv, stdin=body.get("stdin", True) or "pty" in body)
 
     # -- connections ------------------------------------------------------------------------------------------------
 

@@ -174,12 +174,13 @@ class GuestFiles:
         await _fill(stream, _threaded(packer))
         return Transfer(files=packer.files, bytes=packer.bytes, skipped=tuple(packer.skipped))
 
-    async def download(self, remote: str, local: Path | str) -> Transfer:
+    async def download(self, remote: str, local: Path | str, *, all_links: bool = False) -> Transfer:
         """Copy a file or a directory of the guest to this host.
 
         ``local`` is the path of the copy; if it is a directory, or ends in ``/``, the copy goes into it. Nothing is
-        written anywhere else, whatever the guest sends; what could do harm is left out and named in the result.
-        Raises HostError too. A download that fails leaves no file half written in the place of another.
+        written anywhere else, whatever the guest sends; what could do harm later is left out and named in the result:
+        devices, and links that lead out of the tree unless ``all_links``. A download that fails leaves no file half
+        written in the place of another. Raises HostError too.
         """
         name = remote.rstrip("/").rpartition("/")[2]
         target = Path(local)
@@ -189,7 +190,7 @@ class GuestFiles:
             target = target / name
         info = await self.stat(remote)
         if info.type is FileType.DIRECTORY:
-            return await self._download_tree(remote, target)
+            return await self._download_tree(remote, target, all_links)
         if info.type is not FileType.FILE:
             raise GuestError(f"download {remote}: it is a {info.type}, neither a file nor a directory")
         return await self._download_file(remote, target, info.mode & 0o755 | 0o600)
@@ -241,8 +242,8 @@ class GuestFiles:
             await pieces.aclose()  # type: ignore[attr-defined]
         return Transfer(files=1, bytes=size)
 
-    async def _download_tree(self, remote: str, target: Path) -> Transfer:
-        unpacker = Unpacker(target, strip=True)
+    async def _download_tree(self, remote: str, target: Path, all_links: bool) -> Transfer:
+        unpacker = Unpacker(target, strip=True, all_links=all_links)
         try:
             stream = await self._link.open_stream({"kind": "tar-out", "path": remote}, what=f"download {remote}")
             try:

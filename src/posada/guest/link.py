@@ -67,7 +67,7 @@ class GuestLink(asyncio.Protocol):
         try:
             await link._handshake()
         except BaseException:
-            link.abort()
+            link.close()
             raise
         return link
 
@@ -131,12 +131,11 @@ class GuestLink(asyncio.Protocol):
         return stream
 
     def close(self) -> None:
-        """End the link: the agent drops its streams, and processes that were not kept get SIGHUP. Idempotent."""
-        self._end(GuestGone("the connection to the guest was closed"), abort=False)
+        """End the link: the agent drops its streams, and processes that were not kept get SIGHUP. Idempotent.
 
-    def abort(self) -> None:
-        """As `close`, without waiting for what is still to be written."""
-        self._end(GuestGone("the connection to the guest was closed"), abort=True)
+        What the socket has not taken yet is dropped: a guest that stands still would never take it.
+        """
+        self._end(GuestGone("the connection to the guest was closed"))
 
     async def wait_ended(self) -> None:
         """Wait until the socket is closed."""
@@ -185,10 +184,10 @@ class GuestLink(asyncio.Protocol):
             for event in self._link.receive(data):
                 self._dispatch(event)
         except ProtocolError as error:
-            self._end(error, abort=True)
+            self._end(error)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._end(GuestGone("the guest is gone: its agent's channel was closed"), abort=True)
+        self._end(GuestGone("the guest is gone: its agent's channel was closed"))
         if not self._ended.done():
             self._ended.set_result(None)
 
@@ -248,10 +247,10 @@ class GuestLink(asyncio.Protocol):
             case events.Ping(data=data):
                 self._answer_ping(data)
             case events.Closed(stream=0, error=error):
-                self._end(GuestGone(f"the guest's agent ended the link: {error or 'no reason given'}"), abort=True)
+                self._end(GuestGone(f"the guest's agent ended the link: {error or 'no reason given'}"))
             case events.Notice(stream=0, name="boot-failed", body=body):
                 why = agent.printable(str(body.get("error", "no reason given")))
-                self._end(GuestError(f"the guest cannot boot: {why}"), abort=True)
+                self._end(GuestError(f"the guest cannot boot: {why}"))
             case events.Closed(stream=number):
                 self._streams.pop(number).handle(event)
                 self._slots.release()
@@ -288,14 +287,12 @@ class GuestLink(asyncio.Protocol):
 
     def _look(self) -> None:
         if self._alive is not None and not self._alive():
-            self._end(GuestGone("the guest is gone: its machine has ended"), abort=True)
+            self._end(GuestGone("the guest is gone: its machine has ended"))
         else:
             self._watch = self._loop.call_later(_ALIVE_INTERVAL, self._look)
 
-    def _end(self, error: GuestError, *, abort: bool) -> None:
+    def _end(self, error: GuestError) -> None:
         if self._failure is not None:
-            if abort and self._transport is not None:
-                self._transport.abort()
             return
         self._failure = error
         if self._watch is not None:
@@ -312,10 +309,8 @@ class GuestLink(asyncio.Protocol):
         self._writable.set()
         if self._transport is None:
             self._ended.set_result(None)
-        elif abort:
-            self._transport.abort()
         else:
-            self._transport.close()
+            self._transport.abort()
         if self._on_end is not None:
             self._on_end()
 

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Sequence
 from types import TracebackType
 from typing import Literal
 
-from posada.errors import GuestError, ProtocolError
+from posada.errors import GuestError, ProtocolError, StreamClosed
 from posada.guest.link import GuestLink
 from posada.guest.stream import Stream
 from posada.model.exec import ExecResult, Output
@@ -26,8 +26,9 @@ class GuestProcess:
     Leaving it (``async with``, `close`) before its end hangs it up: SIGHUP, two seconds later SIGKILL, to its group.
     """
 
-    def __init__(self, link: GuestLink, stream: Stream, argv: Sequence[str]) -> None:
+    def __init__(self, link: GuestLink, stream: Stream, argv: Sequence[str], *, stdin: bool = True) -> None:
         self.argv = tuple(argv)
+        self._stdin = stdin
         self._link = link
         self._stream = stream
         decoder = codecs.getincrementaldecoder("utf-8")
@@ -59,6 +60,8 @@ class GuestProcess:
 
     async def write(self, data: bytes) -> None:
         """Feed its standard input. Waits while it does not read. Raises StreamClosed when it ends before, GuestGone."""
+        if not self._stdin:
+            raise StreamClosed(f"{self.argv[0]!r} was started without stdin", hint="start it with stdin=True")
         await self._stream.send(data)
 
     async def close_stdin(self) -> None:

@@ -29,15 +29,18 @@ _LEFT_OUT = (tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE, tarfile.LNKTYPE
 class Unpacker:
     """Takes an archive by `feed` and `finish`, in any pieces, and writes it below ``target``, which it makes.
 
-    ``strip``: the archive's entries lie below one top directory, and that becomes ``target``. Methods do blocking I/O
-    and raise ProtocolError for what no honest agent sends, HostError for what this host refuses. `close` always.
+    ``strip``: the archive's entries lie below one top directory, and that becomes ``target``. ``all_links`` makes links
+    that lead out of the tree too (nothing is written through them here, but whoever uses the tree may follow them).
+    Methods do blocking I/O and raise ProtocolError for what no honest agent sends, HostError for what this host refuses.
+    `close` always.
     """
 
-    def __init__(self, target: Path, *, strip: bool) -> None:
+    def __init__(self, target: Path, *, strip: bool, all_links: bool = False) -> None:
         self.files = 0
         self.bytes = 0
         self.skipped: list[str] = []
         self._strip = strip
+        self._all_links = all_links
         self._top: str | None = None
         self._buffer = bytearray()
         self._entry: tarfile.TarInfo | None = None
@@ -165,7 +168,7 @@ class Unpacker:
         elif entry.type in _REGULAR:
             # No bits for other users to write, no set-user-ID: this is somebody else's file from here on.
             self._file = self._create(self._descend(parts[:-1]), parts[-1], (entry.mode & 0o755) | 0o600)
-        elif entry.issym() and _stays_inside(parts, entry.linkname):
+        elif entry.issym() and (self._all_links or _stays_inside(parts, entry.linkname)):
             directory = self._descend(parts[:-1])
             _remove(directory, parts[-1])
             os.symlink(entry.linkname, parts[-1], dir_fd=directory)
