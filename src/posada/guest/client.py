@@ -48,6 +48,11 @@ class GuestClient(GuestFiles):
         """The connection is over."""
         return self._link.gone
 
+    @property
+    def busy(self) -> bool:
+        """Something is going on: a command, a copy, a connection."""
+        return self._link.busy
+
     async def close(self) -> None:
         """End the connection. Processes that were not started with ``keep`` are hung up. Idempotent."""
         self._link.close()

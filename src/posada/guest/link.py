@@ -130,6 +130,11 @@ class GuestLink(asyncio.Protocol):
         self._write(message + self._link.data(number, data) + (self._link.eof(number) if eof else b""))
         return stream
 
+    @property
+    def busy(self) -> bool:
+        """Something is going on: a stream is open, or a call waits for its answer."""
+        return bool(self._streams or self._calls)
+
     def close(self) -> None:
         """End the link: the agent drops its streams, and processes that were not kept get SIGHUP. Idempotent.
 

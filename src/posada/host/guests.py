@@ -25,6 +25,7 @@ class Guests:
         self._house = house
         self._clients: dict[str, tuple[Running, GuestClient]] = {}
         self._connecting: dict[str, asyncio.Lock] = {}
+        self._attending: dict[str, asyncio.Task[None]] = {}
 
     async def connect(self, vm: VmRecord, *, timeout: float | None = 30.0) -> GuestClient:
         """The connection to the agent of a running vm; made now if there is none, or it broke.
@@ -56,7 +57,17 @@ class Guests:
                     raise
                 raise self.gone(vm, status.ended) from error
             self._clients[vm.uuid] = (running, client)
+            if vm.spec.limits.idle is not None:
+                work = self._attend(vm.uuid, client, min(vm.spec.limits.idle / 3, 10.0))
+                self._attending[vm.uuid] = asyncio.create_task(work, name=f"attend {vm.name}")
             return client
+
+    async def _attend(self, uuid: str, client: GuestClient, interval: float) -> None:
+        """A machine in which a command runs or a copy goes on is not idle, however long it takes."""
+        while not client.gone:
+            if client.busy:
+                self._house.touch(uuid)
+            await asyncio.sleep(interval)
 
     def gone(self, vm: VmRecord, ended: str | None) -> GuestGone:
         """The error that says how a machine ended and what it said last."""
@@ -66,6 +77,9 @@ class Guests:
 
     async def drop(self, uuid: str) -> None:
         """Close the connection, if there is one."""
+        attending = self._attending.pop(uuid, None)
+        if attending is not None:
+            attending.cancel()
         known = self._clients.pop(uuid, None)
         if known is not None:
             with contextlib.suppress(Exception):
