@@ -34,10 +34,11 @@ def image_files(host: posada.Host) -> dict[str, Path]:
     """What the peers boot: the kernel, initramfs and disk of the image that posada's own figures use."""
     record = host.images.get(guests.IMAGE).record
     folder = host.home / record.path
-    if record.kernel is None or record.initrd is None or record.disk is None:
+    if record.kernel is None or record.disk is None:
         raise SystemExit(f"{guests.IMAGE} is no image that posada built")
+    made = sorted((folder.parent / ".initrd").glob(f"{record.digest[:32]}-*"), key=lambda path: path.stat().st_mtime)
     return {
-        "kernel": folder / record.kernel, "initrd": folder / record.initrd, "disk": folder / record.disk,
+        "kernel": folder / record.kernel, "initrd": made[-1], "disk": folder / record.disk,
         "format": Path(record.disk_format),
     }  # fmt: skip
 
@@ -105,8 +106,9 @@ def main() -> int:
     for figure in figures:
         reach = f"(reach {figure.statistic} ≤ {written(figure.reach, figure.unit)})" if figure.reach is not None else ""
         print(f"{written(figure.result, figure.unit):>10}  {figure.what} {reach} {figure.verdict}")
-        for text in figure.peers.values():
-            print(f"{'':>10}    {text}")
+        for text in (figure.note, *figure.peers.values()):
+            if text:
+                print(f"{'':>10}    {text}")
     return 1 if any(figure.verdict == "MISSED" for figure in figures) else 0
 
 
