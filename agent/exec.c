@@ -105,6 +105,8 @@ static void exec_check(struct exec *x)
 		send_exit(x);
 	else if (x->stream || x->keep)
 		return;
+	if (x->killer.armed && kill(-x->pid, 0) < 0 && errno == ESRCH)
+		timer_clear(&x->killer); /* nobody of its group is left */
 	/* While a grandchild writes it is listened to, to no purpose: it must not die of SIGPIPE. A terminal hangs up. */
 	bool drained = x->pty >= 0 || (x->out.watch.fd < 0 && x->err.watch.fd < 0);
 	if (drained && !x->killer.armed)

@@ -44,12 +44,17 @@ struct link *link_open(int fd, bool port)
 	return NULL;
 }
 
+/* What is on its way is of no use to the next client; of a frame that is half sent the rest must not go out. */
+static void drop_output(struct link *l)
+{
+	l->blocked = l->congested = false;
+	buf_free(&l->out);
+}
+
 void link_reset(struct link *l)
 {
 	l->state = LINK_HUNTING;
 	l->session = 0;
-	l->blocked = l->congested = false;
-	buf_free(&l->out);
 	for (size_t i = 0; i < MAX_STREAMS; i++)
 		if (l->streams[i])
 			stream_drop(l->streams[i], false);
@@ -70,6 +75,7 @@ void links_reset_older(struct link *except, uint64_t epoch)
 		if (!l || l == except || l->state == LINK_HUNTING || l->since >= epoch)
 			continue;
 		link_reset(l);
+		drop_output(l);
 		l->in.hunting = true;
 	}
 }
@@ -79,6 +85,7 @@ static void link_gone(struct link *l)
 {
 	timer_clear(&l->absent);
 	link_reset(l);
+	drop_output(l);
 	framer_reset(&l->in);
 	if (l->port)
 		return;
@@ -222,10 +229,11 @@ static void frame_got(struct link *l, const struct frame *f)
 	}
 }
 
+/* Works off what was read; it stops early when answers pile up. */
 static void parse(struct link *l)
 {
 	struct frame f;
-	for (;;) {
+	while (l->out.len < OUT_STOP) {
 		switch (framer_next(&l->in, &f)) {
 		case FRAME_NONE:
 			return;
@@ -237,6 +245,7 @@ static void parse(struct link *l)
 			break;
 		case FRAME_PREAMBLE:
 			link_reset(l);
+			drop_output(l);
 			l->state = LINK_GREETING;
 			l->session = ++last_session;
 			l->since = fork_epoch;
@@ -254,14 +263,16 @@ static void parse(struct link *l)
 static bool receive(struct link *l)
 {
 	l->unread = true;
-	for (size_t total = 0; total < TURN_SHARE && l->out.len < OUT_STOP;) {
+	for (size_t total = 0; total < TURN_SHARE;) {
 		uint8_t *where;
+		parse(l);
+		if (l->out.len >= OUT_STOP)
+			return true;
 		size_t space = framer_space(&l->in, &where);
 		ssize_t n = read(l->watch.fd, where, space);
 		if (n > 0) {
 			framer_added(&l->in, (size_t)n);
 			total += (size_t)n;
-			parse(l);
 		} else if (n == 0 || errno != EINTR) {
 			l->unread = false;
 			return n < 0 && errno == EAGAIN; /* 0 from a port: the host has closed it */
