@@ -33,7 +33,7 @@ def spec_options(function: F) -> F:
             click.option("-p", "--port", "ports", multiple=True, metavar="[[ADDRESS:]HOST:]GUEST[/udp]",
                          help="Forward a port of this host to the guest. Repeatable."),
             click.option("-l", "--label", "labels", multiple=True, metavar="KEY=VALUE", callback=pairs,
-                         help="Repeatable."),
+                         help="Label it; posada ps -l finds it. Repeatable."),
             click.option("--lifetime", metavar="TIME", help="End it after so long, like 10m."),
             click.option("--idle", metavar="TIME", help="End it when nobody used it for so long."),
             click.option("--engine", metavar="ENGINE", help="qemu, kvm, xen, or auto: the best one here (default)."),
