@@ -49,6 +49,13 @@ if [ -n "$POSADA_APT_CONF" ]; then
     printf '%s' "$POSADA_APT_CONF" > "$root/etc/apt/apt.conf.d/90posada"
 fi
 
+if [ -e "$root/usr/sbin/sshd" ]; then
+    # Its host keys are gone, so that no two machines share them; each machine makes its own at the first start.
+    mkdir -p "$root/etc/systemd/system/ssh.service.d"
+    printf '[Service]\nExecStartPre=\nExecStartPre=/usr/bin/ssh-keygen -A\nExecStartPre=/usr/sbin/sshd -t\n' \
+        > "$root/etc/systemd/system/ssh.service.d/host-keys.conf"
+fi
+
 echo "I: posada: disk" >&2
 # The features are named, and the host's mke2fs.conf ignored, so that the disk does not depend on the host's e2fsprogs and
 # mounts in kernels since 4.4. Inode tables are holes of a sparse file: zero already, so that no guest spends its first minutes

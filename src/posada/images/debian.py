@@ -118,6 +118,9 @@ async def build_debian(
         }
         hook = scratch / "hook.sh"
         hook.write_text(resources.files("posada.images").joinpath("debian-hook.sh").read_text())
+        # Otherwise a name that is wrong would be found out only once the base system has been installed.
+        simulate = f'APT_CONFIG="$MMDEBSTRAP_APT_CONFIG" apt-get -s -qq install {shlex.join(chosen)} >/dev/null'
+        checks = [simulate] if packages else []
         argv = [
             # mmdebstrap run by root mounts proc, sys and dev below the tree: in a namespace of its own they are gone with
             # it, however it dies, and nobody who removes the tree can walk into them.
@@ -126,6 +129,7 @@ async def build_debian(
             f"--include={','.join(chosen)}",
             "--skip=cleanup/apt,cleanup/mmdebstrap,cleanup/reproducible,cleanup/run,cleanup/tmp",
             *(f"--aptopt={line}" for line in options),
+            *(f"--extract-hook={check}" for check in checks),
             f"--customize-hook=sh {shlex.quote(str(hook))} \"$1\"", suite, "-", str(listed),
         ]  # fmt: skip
         try:
