@@ -259,6 +259,26 @@ class TestExec:
                 await client.run(["sh", "-c", f"echo $$ > {tmp_path}/pid; exec sleep 600"], timeout=0.5)
             await until_gone(int((tmp_path / "pid").read_text()))
 
+    async def test_streams_left_early_are_free_again(self, binary: Path, tmp_path: Path) -> None:
+        (tmp_path / "file").write_bytes(bytes(4 * WINDOW))
+        async with real_client(binary, tmp_path) as client, asyncio.timeout(30):
+            for _ in range(80):  # more than there are streams
+                async with await client.exec(["yes"]) as process:
+                    assert await process.read() is not None
+                pieces = client.read_stream(f"{tmp_path}/file")
+                assert await anext(pieces)
+                await pieces.aclose()  # type: ignore[attr-defined]
+            assert (await client.run(["true"])).ok
+            assert client._link._link.streams <= 1
+
+    async def test_a_message_that_is_not_accepted_ends_the_link(self, binary: Path, tmp_path: Path) -> None:
+        async with real_client(binary, tmp_path) as client:
+            process = await client.exec(["sleep", "600"])
+            client._link._write(frame(0, FrameType.CALL, b"\xc1\x00"))
+            with pytest.raises(GuestGone, match="ended the link"):
+                await process.wait()
+            await until_gone(process.pid)
+
     async def test_what_ignores_the_hangup_is_killed(self, binary: Path, tmp_path: Path) -> None:
         async with real_client(binary, tmp_path) as client:
             process = await client.exec(["sh", "-c", "trap '' HUP; echo up; while :; do sleep 0.05; done"])
