@@ -67,7 +67,7 @@ MKE2FS_CONFIG=/dev/null "$POSADA_MKE2FS" -q -F -t ext4 -b 4096 -I 256 -i 16384 -
     -E "lazy_itable_init=0,root_owner=0:0,hash_seed=$POSADA_UUID" -U "$POSADA_UUID" -L root -d "$1" "$POSADA_DISK"
 SCRIPT
 # A bind mount that is not recursive shows the tree without the proc, sys and dev that are mounted in it now.
-unshare --mount sh -euc '
+unshare --mount --propagation="$POSADA_PROPAGATION" sh -euc '
     script=$(cat "$1/tmp/mke2fs.sh")
     rm -rf "$1/tmp/mke2fs.sh"
     mount --bind "$1" "$1/mnt"

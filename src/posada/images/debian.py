@@ -114,6 +114,7 @@ async def build_debian(
             "POSADA_UUID": str(uuid.uuid5(_NAMESPACE, " ".join([suite, arch, *chosen]))),
             "POSADA_MKE2FS": find_tool("mke2fs", "e2fsprogs"),
             "POSADA_APT_CONF": sources.for_guest(options),
+            "POSADA_PROPAGATION": _propagation(),
             "TMPDIR": str(scratch),
         }
         hook = scratch / "hook.sh"
@@ -124,7 +125,7 @@ async def build_debian(
         argv = [
             # mmdebstrap run by root mounts proc, sys and dev below the tree: in a namespace of its own they are gone with
             # it, however it dies, and nobody who removes the tree can walk into them.
-            *(("unshare", "--mount", "--propagation=private") if os.geteuid() == 0 else ()),
+            *(("unshare", "--mount", f"--propagation={_propagation()}") if os.geteuid() == 0 else ()),
             "mmdebstrap", "--variant=minbase", "--format=null", f"--architectures={ARCHES[arch]}",
             f"--include={','.join(chosen)}",
             "--skip=cleanup/apt,cleanup/mmdebstrap,cleanup/reproducible,cleanup/run,cleanup/tmp",
@@ -138,6 +139,12 @@ async def build_debian(
             )
         except ToolFailed as error:
             raise _explain(error) from error
+
+
+def _propagation() -> str:
+    """``private``; ``unchanged`` in a chroot whose root is a mere directory, which has no propagation to change."""
+    mounts = Path("/proc/self/mountinfo").read_text(errors="replace").splitlines()
+    return "private" if any(line.split()[4] == "/" for line in mounts) else "unchanged"
 
 
 class _Outputs:
