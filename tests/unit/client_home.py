@@ -25,23 +25,23 @@ IMAGE = "toy:1"
 DIGEST = hashlib.sha256(b"toy").hexdigest()
 
 
-def add_image(paths: Paths) -> None:
-    """An image whose guest has the agent: an empty disk and an empty kernel are all that the fake engine needs."""
-    folder = paths.images / DIGEST
+def add_image(paths: Paths, name: str = IMAGE, digest: str = DIGEST, *, agent: bool = True) -> None:
+    """An image for the fake engine, which needs no more than an empty disk and an empty kernel."""
+    folder = paths.images / digest
     folder.mkdir(parents=True)
     (folder / "disk.raw").write_bytes(bytes(1 << 20))
     (folder / "vmlinuz").touch()
     database = Database(paths.database)
     record = ImageRecord(
-        digest=DIGEST,
-        names=(IMAGE,),
-        path=f"images/{DIGEST}",
+        digest=digest,
+        names=(name,),
+        path=f"images/{digest}",
         arch="x86_64",
         created=1.0,
         disk="disk.raw",
         disk_size=1 << 20,
         kernel="vmlinuz",
-        agent=True,
+        agent=agent,
         size=1 << 20,
         source="a test",
     )

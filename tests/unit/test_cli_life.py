@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from client_home import IMAGE, Outcome, Posada, paths, posada_cli
+from client_home import IMAGE, Outcome, Posada, add_image, paths, posada_cli
+
+from posada.host.paths import Paths
 
 __all__ = ["paths", "posada_cli"]
 
@@ -53,6 +55,22 @@ def test_run_keep_and_detach(posada_cli: Posada) -> None:
     assert states(posada_cli) == {"detached": "running", "kept": "running"}
     assert posada_cli("rm", "-f", "--all").status == 0
     assert states(posada_cli) == {}
+
+
+def test_a_command_of_a_detached_machine_goes_on_by_itself(posada_cli: Posada, tmp_path: Path) -> None:
+    script = f"echo done > {tmp_path}/new; mv {tmp_path}/new {tmp_path}/out; sleep 60"
+    done = posada_cli("run", "-d", "--engine", "fake", "--name", "a", IMAGE, "--", "sh", "-c", script)
+    assert (done.status, done.out) == (0, "a\n"), done.err
+    assert posada_cli("shell", "a", f"until test -e {tmp_path}/out; do sleep 0.02; done; cat {tmp_path}/out").out == "done\n"
+
+
+def test_a_guest_without_agent(posada_cli: Posada, paths: Paths) -> None:
+    add_image(paths, "mute:1", "1" * 64, agent=False)
+    done = posada_cli("run", "--engine", "fake", "mute:1", "--", "true")
+    assert (done.status, "has no posada agent" in done.err, "hint:" in done.err) == (1, True, True)
+    assert states(posada_cli) == {}
+    assert posada_cli("run", "-d", "--engine", "fake", "--name", "a", "mute:1").status == 0
+    assert states(posada_cli) == {"a": "running"}
 
 
 def test_run_passes_environment_user_directory_and_timeout(posada_cli: Posada, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from client_home import IMAGE, paths
+from client_home import IMAGE, add_image, paths
 
 from posada.host.db import Database
 from posada.host.paths import Paths
@@ -218,6 +218,50 @@ with posada.run("toy:1", engine="fake", name="talker"):
     print("ready", flush=True)
     input()
 """
+
+
+def test_a_guest_without_agent_gives_its_console(paths: Paths, terminal: type[Terminal]) -> None:
+    add_image(paths, "mute:1", "1" * 64, agent=False)
+    console = terminal(*RUN, "--name", "mute", "mute:1")
+    console.expect("mute booted")
+    console.type("hello\r")
+    console.expect("hello")
+    console.type("\x1d")
+    assert console.wait() == 0
+    assert left(paths) == []
+
+
+BAR = """
+import asyncio
+from posada.cli import progress
+progress.DELAY = 0.1
+async def main():
+    with progress.Bar("before") as bar:
+        bar(0.5, "half\x1b way")
+        await asyncio.sleep(0.4)
+        bar(None, "for long")
+        await asyncio.sleep(0.4)
+asyncio.run(main())
+print("end")
+"""
+
+
+def test_progress_is_shown_on_a_terminal_only(start: Spawn, terminal: type[Terminal]) -> None:
+    shown = terminal(sys.executable, "-c", BAR)
+    shown.expect("half\N{REPLACEMENT CHARACTER} way")
+    shown.expect("for long")
+    shown.expect("end")
+    assert start(sys.executable, "-c", BAR).communicate(timeout=30) == ("end\n", "")
+
+
+def test_events_are_followed_until_ctrl_c(start: Spawn) -> None:
+    follower = start(*POSADA, "events", "-f", "--format", "json")
+    subprocess.run([*POSADA, "create", "--engine", "fake", "--name", "new", IMAGE], check=True, capture_output=True)
+    assert follower.stdout is not None
+    assert '"vm.created"' in follower.stdout.readline()
+    follower.send_signal(signal.SIGINT)
+    follower.communicate(timeout=30)
+    assert follower.returncode == 130
 
 
 def test_a_reader_that_goes_away_is_no_error(paths: Paths) -> None:

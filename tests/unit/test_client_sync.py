@@ -157,7 +157,7 @@ def test_a_whole_spec_and_fields_that_overrule_it() -> None:
 
 def test_a_remote_host_is_refused_clearly() -> None:
     with pytest.raises(values.Unsupported, match="node1"):
-        api.connect("https://node1:8443")
+        api.connect("https://node1:8443", token="secret")
 
 
 def test_two_default_connections_are_one() -> None:
@@ -287,6 +287,16 @@ def test_a_guest_that_dies_ends_what_waits_for_it() -> None:
             assert time.monotonic() - began < 5
 
 
+def test_spawn(tmp_path: Path) -> None:
+    with api.run(IMAGE, engine="fake") as vm:
+        pid = vm.spawn("sh", "-c", f"echo $A > {tmp_path}/new; mv {tmp_path}/new {tmp_path}/out; sleep 60", env={"A": "b"})
+        assert pid > 0
+        vm.wait_for.command("test", "-e", f"{tmp_path}/out", timeout=10)
+        assert (tmp_path / "out").read_text() == "b\n"
+        with pytest.raises(ValueError, match="command"):
+            vm.spawn()
+
+
 def test_a_terminal() -> None:
     with api.run(IMAGE, engine="fake") as vm:
         with vm.shell("test -t 1 && stty size", stream=True, pty=(33, 99)) as proc:
@@ -332,6 +342,9 @@ def test_upload_and_download(tmp_path: Path) -> None:
         assert vm.files.read_text("/copy/sub/file") == "content"
         vm.files.download("/copy", tmp_path / "back")
         assert (tmp_path / "back" / "sub" / "file").read_text() == "content"
+        (tmp_path / "into").mkdir()
+        vm.files.download("/copy/sub/file", f"{tmp_path}/into/")
+        assert (tmp_path / "into" / "file").read_text() == "content"
         vm.files.upload(str(source / "sub" / "file"), "/one")
         vm.files.download("/one", str(tmp_path / "one"))
         assert (tmp_path / "one").read_text() == "content"

@@ -41,24 +41,30 @@ async def cp(host: Host, source: str, target: str) -> None:
     tar c . | posada cp - web:/srv
     posada cp web:/etc - | tar t
     """
+    from posada.cli.progress import Bar
+
     from_vm, from_path = place(source)
     to_vm, to_path = place(target)
     if from_vm is None and to_vm is None:
         raise click.UsageError("neither side is a machine: write VM:PATH for one of them")
-    if from_vm is not None and to_vm is not None:
-        await _between(host, from_vm, from_path, to_vm, to_path)
-    elif to_vm is not None:
-        vm = await host.vms.get(to_vm)
-        if from_path == "-":
-            await vm.files.write_tar(to_path, _archive())
-        else:
-            _report(await vm.files.upload(from_path, to_path))
-    elif from_vm is not None:
-        vm = await host.vms.get(from_vm)
-        if to_path == "-":
-            await _to_stdout(vm.files.read_tar(from_path))
-        else:
-            _report(await vm.files.download(from_path, to_path))
+    done: Transfer | None = None
+    with Bar(f"copying {source}"):
+        if from_vm is not None and to_vm is not None:
+            done = await _between(host, from_vm, from_path, to_vm, to_path)
+        elif to_vm is not None:
+            vm = await host.vms.get(to_vm)
+            if from_path == "-":
+                await vm.files.write_tar(to_path, _archive())
+            else:
+                done = await vm.files.upload(from_path, to_path)
+        elif from_vm is not None:
+            vm = await host.vms.get(from_vm)
+            if to_path == "-":
+                await _to_stdout(vm.files.read_tar(from_path))
+            else:
+                done = await vm.files.download(from_path, to_path)
+    if done is not None:
+        _report(done)
 
 
 def _report(done: Transfer) -> None:
@@ -88,7 +94,7 @@ async def _to_stdout(pieces: AsyncIterator[bytes]) -> None:
         terminal.write(1, data)
 
 
-async def _between(host: Host, from_vm: str, from_path: str, to_vm: str, to_path: str) -> None:
+async def _between(host: Host, from_vm: str, from_path: str, to_vm: str, to_path: str) -> Transfer:
     import tempfile
     from pathlib import Path
 
@@ -96,4 +102,4 @@ async def _between(host: Host, from_vm: str, from_path: str, to_vm: str, to_path
     with tempfile.TemporaryDirectory(prefix="posada-cp-") as scratch:
         await source.files.download(from_path, scratch + "/")
         (copy,) = Path(scratch).iterdir()
-        _report(await target.files.upload(copy, to_path))
+        return await target.files.upload(copy, to_path)

@@ -94,7 +94,7 @@ def _read_file(path: str) -> dict[str, Any]:
 @click.command(cls=TrailingCommand)
 @spec_options
 @command_options
-@click.option("-d", "--detach", is_flag=True, help="Leave it running and print its name.")
+@click.option("-d", "--detach", is_flag=True, help="Leave it running, a command too, and print its name.")
 @click.option("--keep", is_flag=True, help="Keep the machine when the command has ended.")
 @click.option("--boot-timeout", metavar="TIME", default="120", show_default=True, callback=seconds,
               help="Give the guest so long to be ready.")
@@ -121,7 +121,8 @@ async def run(
     """Make a machine, boot it, and open a shell or run a command in it.
 
     The image is built if it is not there. The machine is deleted when the shell or the command ends, and the exit
-    status is the command's; --keep keeps it, -d leaves it running.
+    status is the command's; --keep keeps it. With -d it is left running, and what the command prints goes to the console
+    (posada logs).
 
     \b
     posada run debian:12
@@ -157,7 +158,9 @@ async def _in_it(
     from posada.cli.console import join_console
     from posada.cli.streams import LOGIN_SHELL, run_joined
 
-    if detach and not command:
+    if detach:
+        if command:
+            await vm.spawn(*command, cwd=workdir, env=env, user=user)
         output.emit(shapes.vm(vm.record), lambda: vm.record.name)
         return 0
     argv: Sequence[str] = command
@@ -168,12 +171,9 @@ async def _in_it(
             argv, interactive, tty = LOGIN_SHELL, True, True
         else:
             argv, interactive = ("/bin/sh", "-s"), True
-    status = await run_joined(
+    return await run_joined(
         vm, argv, env=env, user=user, workdir=workdir, timeout=timeout, interactive=interactive, tty=tty
     )
-    if detach:
-        output.note(f"{vm.record.name} is left running")
-    return status
 
 
 @click.command()

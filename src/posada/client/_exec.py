@@ -76,6 +76,19 @@ def shell_argv(script: str) -> tuple[str, ...]:
     return ("/bin/sh", "-c", script)
 
 
+def background_argv(argv: Sequence[str]) -> tuple[str, ...]:
+    """``argv`` as one that prints to the console, or to nobody where its user may not write there."""
+    if not argv:
+        raise ValueError("spawn needs a command, such as vm.spawn('nginx', '-g', 'daemon off;')")
+    script = 'if test -w /dev/console; then exec "$@" >/dev/console 2>&1; else exec "$@" >/dev/null 2>&1; fi'
+    return ("/bin/sh", "-c", script, "sh", *argv)
+
+
+async def spawn_command(machines: Machines, vm: str, command: Command) -> int:
+    """Start it so that it outlives the connection; its process id."""
+    return (await machines.exec(vm, list(command.argv), keep=True, **command.options())).pid
+
+
 async def run_command(machines: Machines, vm: str, command: Command) -> ExecResult:
     """Run to its end and collect the output. Raises Timeout (the command is killed), CommandError, GuestGone."""
     if command.stdin is None:

@@ -61,7 +61,7 @@ class Files:
         ``local`` is the path of the copy; if it is a directory (or ends in ``/``), the copy goes into it. What a
         hostile guest could do harm with (devices, links that point out of the tree) is left out and named.
         """
-        return await self._rt.run((await self._guest()).download(remote, Path(local)))
+        return await self._rt.run((await self._guest()).download(remote, local))
 
     async def list(self, path: str) -> builtins.list[DirEntry]:
         """What is in a directory, by name."""

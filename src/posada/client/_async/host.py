@@ -85,10 +85,17 @@ class Host:
 
 
 @pending
-async def connect(url: str | None = None, *, home: Path | str | None = None, runtime: Path | str | None = None) -> Host:
+async def connect(
+    url: str | None = None,
+    *,
+    token: str | None = None,
+    home: Path | str | None = None,
+    runtime: Path | str | None = None,
+) -> Host:
     """Connect to this host (no ``url``), with its state in ``home`` and its sockets in ``runtime`` if they are given.
 
-    Raises StateError if the state cannot be opened, HostError, and Unsupported for a remote ``url``.
+    Remote hosts (``url``, ``token``) are not there yet: Unsupported. Raises StateError if the state cannot be opened, and
+    HostError.
     """
     rt = AsyncRuntime()
     core = await rt.run(

@@ -62,7 +62,7 @@ class Files:
         ``local`` is the path of the copy; if it is a directory (or ends in ``/``), the copy goes into it. What a
         hostile guest could do harm with (devices, links that point out of the tree) is left out and named.
         """
-        return self._rt.run((self._guest()).download(remote, Path(local)))
+        return self._rt.run((self._guest()).download(remote, local))
 
     def list(self, path: str) -> builtins.list[DirEntry]:
         """What is in a directory, by name."""

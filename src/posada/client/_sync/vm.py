@@ -14,7 +14,14 @@ from posada.client._sync.snapshot import Snapshot
 from posada.client._sync.waiting import Waiter
 from posada.client._console import ConsoleStream, follow_log, read_log
 from posada.client._core import Core
-from posada.client._exec import open_command, parse_command, run_command, shell_argv
+from posada.client._exec import (
+    background_argv,
+    open_command,
+    parse_command,
+    run_command,
+    shell_argv,
+    spawn_command,
+)
 from posada.client._fields import ExecOptions
 from posada.client._ports import Port, port_table
 from posada.client._runtime import SyncRuntime
@@ -133,6 +140,16 @@ class VM:
         if stream:
             return Process(self._rt, self._rt.run(open_command(self._vms, self.uuid, command)))
         return self._rt.run(run_command(self._vms, self.uuid, command))
+
+    def spawn(
+        self, *argv: str, cwd: str | None = None, env: Mapping[str, str] | None = None, user: str | None = None
+    ) -> int:
+        """Start a command that goes on by itself, and return its process id in the guest.
+
+        It outlives this connection. What it prints goes to the console, and so to `logs`; it reads /dev/null.
+        """
+        command = parse_command(background_argv(argv), stream=True, cwd=cwd, env=env, user=user)
+        return self._rt.run(spawn_command(self._vms, self.uuid, command))
 
     # ------------------------------------------------------------------ life
 
