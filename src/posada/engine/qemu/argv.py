@@ -106,7 +106,7 @@ def _machine(b: _Builder, launch: Launch, layout: Layout, incoming: bool, tb_siz
     backend = f"memory-backend-file,id=ram,size={layout.memory},mem-path=/proc/self/fd/{b.fd('ram')}"
     b.add("-object", f"{backend},share={share},merge=off,dump=off")
     b.add("-nodefaults", "-no-user-config", "-display", "none", "-msg", "timestamp=off")
-    b.add("-rtc", "base=utc", "-boot", "strict=on")
+    b.add("-rtc", "base=utc")
     b.add("-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny")
     # A reset ends the process: the host starts the machine afresh, with its disks' newest layers.
     b.add("-action", "reboot=shutdown,shutdown=poweroff,panic=shutdown")

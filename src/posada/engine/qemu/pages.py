@@ -81,10 +81,10 @@ def _scan(fd: int, area: Area) -> list[tuple[int, int]]:
         # SAFETY: the kernel writes at most _REGIONS entries of 24 bytes into `regions`, which lives longer.
         count = fcntl.ioctl(fd, _PAGEMAP_SCAN, argument)
         found += [(regions[3 * i], regions[3 * i + 1]) for i in range(count)]
-        (walked,) = struct.unpack_from("<Q", argument, 32)
-        if walked <= start:
+        if count < _REGIONS:
             break
-        start = walked
+        # Not from walk_end: Linux 6.18 leaves it at an earlier stop when more than 512 ranges were found.
+        start = found[-1][1]
     return found
 
 

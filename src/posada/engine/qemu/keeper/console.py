@@ -11,7 +11,7 @@ import os
 #: Bytes of recent output kept for new clients.
 RECENT = 16 << 10
 #: Bytes that may wait for one client before it is dropped.
-BACKLOG = 256 << 10
+BACKLOG = 1 << 20
 
 
 class Log:

@@ -111,7 +111,6 @@ class Keeper:
         self.log, self.recent = Log(job.log, job.log_max), Recent(RECENT)
         self.clients: dict[int, Client] = {}
         self.monitor_data = b""
-        self.owner = self._open_owner()
         self.committed = False
         self.reason = ""
         """Set when we, or the guest through QMP, said why it ends."""
@@ -122,6 +121,7 @@ class Keeper:
         for fd in (self.qemu, stderr, job.console, job.listener, job.monitor, job.control, wake):
             os.set_blocking(fd, False)
             self.poll.register(fd, select.POLLIN)
+        self.owner = self._open_owner()
 
     def _open_owner(self) -> int:
         """A pidfd of the owner, or -1 without one. Ends the machine at once if it is gone already."""
@@ -135,8 +135,12 @@ class Keeper:
                 return fd
         except OSError:
             pass
-        self.end("its owner is gone")
+        self._owner_gone()
         return -1
+
+    def _owner_gone(self) -> None:
+        if not os.path.exists(f"{self.job.runtime}/disowned"):
+            self.end("its owner is gone")
 
     def end(self, reason: str) -> None:
         """Kill QEMU and say why. The pidfd makes it certain that it is QEMU."""
@@ -147,7 +151,7 @@ class Keeper:
             pass
 
     def run(self) -> None:
-        os.write(self.job.monitor, b'{"execute":"qmp_capabilities"}\n')
+        self._ask("qmp_capabilities")
         while True:
             for fd, _ in self.poll.poll(self._timeout()):
                 if fd == self.qemu:
@@ -170,8 +174,7 @@ class Keeper:
             self._control()
         elif fd == self.owner:
             self.poll.unregister(fd)
-            if not os.path.exists(f"{job.runtime}/disowned"):
-                self.end("its owner is gone")
+            self._owner_gone()
         elif fd == self.wake:
             os.read(fd, 64)
             self.end("killed")
@@ -239,6 +242,14 @@ class Keeper:
             data = b""
         self._settle(client, bool(data) and client.flush())
 
+    def _ask(self, command: str) -> bool:
+        """Send a command on our monitor. False when QEMU does not take it: it has ended, or hangs."""
+        try:
+            os.write(self.job.monitor, b'{"execute":"%s"}\n' % command.encode())
+        except OSError:
+            return False
+        return True
+
     def _monitor(self) -> None:
         self.monitor_data += self._read(self.job.monitor)
         *lines, self.monitor_data = self.monitor_data.split(b"\n")
@@ -302,8 +313,9 @@ class Keeper:
             return
         try:
             os.close(os.open(f"{self.job.runtime}/paused", os.O_CREAT | os.O_WRONLY | os.O_CLOEXEC, 0o600))
-            os.write(self.job.monitor, b'{"execute":"stop"}\n')
         except OSError:
+            pass  # its directory was deleted under it
+        if not self._ask("stop"):
             self.end(reason)  # it cannot be paused, and must not outlive its deadline
 
     def _finish(self) -> None:
