@@ -8,8 +8,8 @@ import sys
 import textwrap
 
 import pytest
+from contract_kit import RAM, Inn
 
-from conftest import RAM, Inn
 from posada.model.states import State
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 
 import pytest
+from contract_kit import DISK, RAM, Inn
 
-from conftest import DISK, RAM, Inn
 from posada.errors import EngineError, ForkError, SpecError, Unsupported
 from posada.model.machine import PortSpec
 from posada.model.records import SnapshotKind

@@ -6,8 +6,8 @@ import socket
 from pathlib import Path
 
 import pytest
+from contract_kit import Inn
 
-from conftest import Inn
 from posada.errors import AlreadyExists, HostError, NotFound, SpecError, Unsupported
 from posada.model.machine import DiskSpec, PortSpec
 from posada.model.units import MIB

@@ -7,8 +7,8 @@ import os
 import signal
 
 import pytest
+from contract_kit import DISK, RAM, Inn
 
-from conftest import DISK, RAM, Inn
 from posada.errors import AlreadyExists, GuestGone, InvalidState, NotFound, SpecError, Timeout
 from posada.model.states import State
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
+from contract_kit import DISK, RAM, Inn
 
-from conftest import DISK, RAM, Inn
 from posada.errors import AlreadyExists, InUse, InvalidState, NotFound, PosadaError, SpecError, Unsupported
 from posada.model.records import SnapshotKind
 from posada.model.states import State
