@@ -5,6 +5,7 @@
 #include <stdio.h>
 #include <string.h>
 #include <sys/mount.h>
+#include <sys/random.h>
 #include <sys/reboot.h>
 #include <sys/resource.h>
 #include <sys/stat.h>
@@ -119,6 +120,29 @@ static void set_hostname(const char *name)
 		name = text;
 	if (name && sethostname(name, strlen(name)) < 0)
 		say("posada-agent: hostname %s: %s", name, strerror(errno));
+	if (is_init || !name || name == text)
+		return;
+	/* The image's init sets the name again, from the file. */
+	char line[80];
+	snprintf(line, sizeof line, "%s\n", name);
+	if (read_text("/etc/hostname", text, sizeof text) < 0 || strcmp(text, line) != 0)
+		replace_text("/etc/hostname", line, 0644);
+}
+
+/* An image has an empty /etc/machine-id: its init fills it at the first boot, and in fast mode that is the agent. */
+static void fill_machine_id(void)
+{
+	static const char *const path = "/etc/machine-id";
+	struct stat st;
+	uint8_t random[16];
+	char line[40];
+	if (!is_init || stat(path, &st) < 0 || st.st_size > 1 || getrandom(random, sizeof random, GRND_NONBLOCK) != sizeof random)
+		return;
+	random[6] = (random[6] & 0x0f) | 0x40; /* a version 4 UUID, as machine-id(5) has it */
+	random[8] = (random[8] & 0x3f) | 0x80;
+	for (size_t i = 0; i < sizeof random; i++)
+		snprintf(line + 2 * i, sizeof line - 2 * i, "%02x\n", random[i]);
+	write_text(path, line);
 }
 
 /* What systemd gives as well: programs ask for more than 1024 where they need it, and find the hard limit high. */
@@ -182,6 +206,8 @@ void init_run(void)
 	mount_rest();
 	timing_step("other mounts");
 	set_hostname(cmdline_get("posada.hostname", NULL));
+	fill_machine_id();
+	timing_step("names");
 	net_start(cmdline_get("posada.net", NULL), cmdline_get("posada.gw", NULL));
 	if (cmdline_get("posada.dns", NULL))
 		net_resolver(cmdline_get("posada.dns", ""));

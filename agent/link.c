@@ -84,6 +84,7 @@ void links_reset_older(struct link *except, uint64_t epoch)
 static void link_gone(struct link *l)
 {
 	timer_clear(&l->absent);
+	l->host = false;
 	link_reset(l);
 	drop_output(l);
 	framer_reset(&l->in);
@@ -105,12 +106,13 @@ static void still_absent(struct timer *t)
 }
 
 /*
- * The other end seems to be gone. Of a port this is known only after a moment: the driver takes in data at once, and the news
- * that the host has connected a little later, so a new client's first bytes may come from a port that says it has none.
+ * The other end seems to be gone. Of a port that has not been seen connected yet this is known only after a moment: the driver
+ * takes in data at once, and the news that the host has connected a little later, so that a new client's first bytes may come
+ * from a port that says it has none.
  */
 static void link_lost(struct link *l)
 {
-	if (!l->port) {
+	if (!l->port || l->host) {
 		link_gone(l);
 	} else if (!l->absent.armed) {
 		l->absent.fire = still_absent;
@@ -287,10 +289,12 @@ static void link_ready(struct watch *w, uint32_t events)
 	if (events & (EPOLLOUT | EPOLLHUP))
 		l->blocked = false;
 	bool alive = receive(l);
-	if (!alive || (events & (EPOLLHUP | EPOLLERR)))
+	if (!alive || (events & (EPOLLHUP | EPOLLERR))) {
 		link_lost(l);
-	else
+	} else {
 		timer_clear(&l->absent);
+		l->host = true;
+	}
 }
 
 bool links_turn(void)

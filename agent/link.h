@@ -26,6 +26,7 @@ struct link {
 	struct watch watch;
 	struct timer absent; /* a port whose host seems to be away */
 	enum link_state state;
+	bool host;       /* a port: its host has been seen connected, since it was last seen away */
 	bool port;       /* a virtio port: it is never freed, and hunts for its next client */
 	bool blocked;    /* the channel takes no more bytes now */
 	bool unread;     /* the turn's share is used up, or too many answers wait: more may be there to read */
