@@ -18,7 +18,8 @@ from typing import Any
 from posada.errors import ImageError
 
 #: What every boot needs. Console and disk come first: the agent answers, and the root is mounted, while the rest loads.
-BOOT = ("virtio_pci", "virtio_console", "virtio_blk", "virtio_net", "virtio_rng", "virtio_balloon")
+#: tcp_diag is loaded only by forks that have inherited connections to destroy; the agent leaves it out at boot.
+BOOT = ("virtio_pci", "virtio_console", "virtio_blk", "virtio_net", "virtio_rng", "virtio_balloon", "tcp_diag")
 
 MAX_MODULE = 64 << 20
 _SUFFIXES = ("", ".xz", ".gz", ".zst")
