@@ -171,3 +171,29 @@ async def test_a_mirror_that_is_not_there(tmp_path: Path, monkeypatch: pytest.Mo
     store = ImageStore(tmp_path / "images", Records())
     with pytest.raises(HostError, match="mirror does not answer"):
         await store.build("debian:12")
+
+
+@pytest.mark.parametrize("format", ["raw", "qcow2"])
+def test_a_kernel_an_initrd_and_a_disk_of_somebodys_boot(
+    host: posada.Host, image: str, places: tuple[Path, Path], tmp_path: Path, format: str
+) -> None:
+    """The parts of the Debian image, taken apart and imported as a triple: without posada's knowledge of an agent."""
+    source = host.images.get(image)
+    folder = places[0] / source.record.path
+    disk = source.export(tmp_path / "disk", format=format)
+    initrd = next((places[0] / "images/.initrd").glob(f"{source.digest[:32]}-*"))
+    triple = host.images.import_disk(
+        disk,
+        kernel=folder / (source.record.kernel or ""),
+        initrd=initrd,
+        append="posada.root=/dev/vda posada.rootfs=ext4 posada.rw=1",
+        name="triple:1",
+    )
+    try:
+        assert (triple.agent, triple.record.disk_size) == (False, source.record.disk_size)
+        with host.vms.create("triple:1", name="triple") as vm:
+            vm.start(wait=False)
+            vm.wait_for.text("posada-agent: ready", timeout=60)
+            vm.kill()
+    finally:
+        triple.remove()

@@ -103,7 +103,7 @@ async def run_tool(
     output = "\n".join(lines)
     if status != 0:
         if any(text in output for text in _NO_SPACE):
-            raise HostError(f"{argv[0]}: the disk is full", hint="free some space and try again")
+            raise HostError("the disk is full", hint="free some space and try again")
         raise ToolFailed(argv[0], status, output)
     return output
 
