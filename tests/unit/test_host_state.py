@@ -5,14 +5,16 @@ from __future__ import annotations
 import asyncio
 import os
 import stat
+from collections.abc import Coroutine
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
 from host_kit import add_image, check_consistent, open_host, place, spec
 
 from posada.errors import HostError, NotFound, StateError
-from posada.host import names, process
+from posada.host import faults, names, process
 from posada.host.bootline import command_line
 from posada.host.paths import MAX_RUNTIME, Paths
 from posada.host.process import NOBODY, Process
@@ -243,3 +245,36 @@ async def test_doctor(place: Path) -> None:
     assert "disk space" in checks and "memory" in checks
     assert all(check.hint for check in checks.values() if check.ok is False)
     await host.close()
+
+
+async def test_who_stays_open_puts_right_what_others_left(place: Path) -> None:
+    """A long-lived process does not wait for somebody to open the state anew."""
+    host = await open_host(place)
+    add_image(host)
+    await host.vms.create(spec(name="one"))
+    pid = os.fork()
+    if pid == 0:
+        faults.arm("clone.grown")
+        _in_a_new_loop(_clone(place))
+    await asyncio.to_thread(os.waitpid, pid, 0)
+    assert len(host.vms.list()) == 2, "the half clone is seen once, by who notices"
+    async for event in host.events.follow(after=0):
+        if event.kind == "operation.recovered":
+            break
+    assert [vm.name for vm in host.vms.list()] == ["one"]
+    check_consistent(host)
+    await host.close()
+
+
+async def _clone(place: Path) -> None:
+    host = await open_host(place)
+    await host.vms.clone("one")
+
+
+def _in_a_new_loop(work: Coroutine[Any, Any, None]) -> None:
+    """In a fork of a process whose loop runs: as if that had never been."""
+    asyncio._set_running_loop(None)
+    try:
+        asyncio.new_event_loop().run_until_complete(work)
+    finally:
+        os._exit(1)

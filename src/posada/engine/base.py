@@ -215,6 +215,7 @@ class Capturer(Protocol):
         ``layers`` is what the *source* switches to; the children's own layers are in their launches.
         No child may ever see a later write of the source, nor the source one of a child, in memory or on disk.
         Connections of the source survive. The source runs again (or stays paused) when this returns or raises.
+        The children run, also those of a paused source.
         """
 
 

@@ -11,18 +11,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import io
 import json
 import os
 import shutil
 import signal
 import socket
-import struct
-import subprocess
-import tarfile
 import time
-from collections.abc import Callable, Coroutine, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Coroutine, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,32 +33,28 @@ from posada.engine.base import (
     Status,
     Usage,
 )
-from posada.errors import EngineError, EngineGone, HostError, PosadaError, Timeout
+from posada.engine.fake_machine import (
+    Machine,
+    bind,
+    channels,
+    clear,
+    console_server,
+    dismantle,
+    end,
+    gone,
+    guest_state,
+    load_disk,
+    process_of,
+    save_disk,
+    say,
+    spawn_body,
+    tree_size,
+)
+from posada.errors import EngineGone, PosadaError, Timeout
 from posada.guest.fake_agent import FakeGuest
 from posada.model.capabilities import Capabilities, Feature, Verdict
-from posada.model.machine import PortSpec
 from posada.model.records import PortRecord, Process, Running
-from posada.model.units import GIB, MIB
-
-CHANNELS = 4
-_PAYLOAD = struct.Struct(">8sQ")
-_MAGIC, _PAYLOAD_AT = b"FAKETREE", 1 * MIB
-#: What of a guest's tree is memory, and does not survive a power off.
-_MEMORY = ("run", "dev/shm")
-
-
-@dataclass
-class _Machine:
-    """One machine that this process runs."""
-
-    launch: Launch
-    body: subprocess.Popen[bytes]
-    guest: FakeGuest
-    console: asyncio.Server
-    active: dict[str, int]
-    """Each writable disk's top layer, open: its file may be renamed while the machine runs."""
-    paused: bool = False
-    ports: dict[PortRecord, socket.socket] = field(default_factory=dict)
+from posada.model.units import GIB
 
 
 class FakeEngine:
@@ -72,7 +63,7 @@ class FakeEngine:
     name = "fake"
 
     def __init__(self) -> None:
-        self._machines: dict[str, _Machine] = {}
+        self._machines: dict[str, Machine] = {}
         self._ending: set[asyncio.Task[None]] = set()
         self.fail: dict[str, PosadaError] = {}
 
@@ -94,10 +85,10 @@ class FakeEngine:
     async def start(self, launch: Launch) -> Running:
         self._maybe_fail("start")
         tree = launch.runtime / "tree"
-        _clear(tree)
+        clear(tree)
         tree.mkdir()
         if launch.disks:
-            _load_disk(launch.disks[0], tree)
+            load_disk(launch.disks[0], tree)
         return await self._run(launch, "booted", {})
 
     async def _run(self, launch: Launch, how: str, guest_state: dict[str, Any], paused: bool = False) -> Running:
@@ -107,30 +98,30 @@ class FakeEngine:
         async with contextlib.AsyncExitStack() as undo:
             ports: dict[PortRecord, socket.socket] = {}
             for port in launch.spec.ports:
-                bound, listener = _bind(port)
+                bound, listener = bind(PortRecord(port.guest, port.host or 0, port.address, port.protocol))
                 undo.callback(listener.close)
                 ports[bound] = listener
-            body = _spawn_body(launch.runtime)
-            undo.callback(_end, body)
-            _log(launch, f"{launch.name} {how}: {launch.append}\n")
-            console = await asyncio.start_unix_server(_console(launch.log), launch.runtime / "console.sock")
+            body = spawn_body(launch.runtime)
+            undo.callback(end, body)
+            say(launch, f"{launch.name} {how}: {launch.append}\n")
+            console = await asyncio.start_unix_server(console_server(launch.log), launch.runtime / "console.sock")
             undo.callback(console.close)
             guest = FakeGuest(launch.runtime / "tree", on_power=lambda _: self._power_off(launch.uuid))
             for key, value in guest_state.items():
                 setattr(guest, key, value)
             undo.push_async_callback(guest.close)
             if launch.agent:
-                await guest.serve(_channels(launch.runtime))
+                await guest.serve(channels(launch.runtime))
             active: dict[str, int] = {}
             for disk in launch.disks:
                 if not disk.readonly:
                     active[disk.name] = os.open(disk.chain[-1][0], os.O_RDWR | os.O_CLOEXEC)
                     undo.callback(os.close, active[disk.name])
-            process = _process(body.pid)
+            process = process_of(body.pid)
             if process is None:
                 raise EngineGone("the fake machine died at once")
             undo.pop_all()
-        machine = _Machine(launch, body, guest, console, active, ports=ports)
+        machine = Machine(launch, body, guest, console, active, ports=ports)
         self._machines[launch.uuid] = machine
         running = Running(
             engine=self.name,
@@ -150,7 +141,7 @@ class FakeEngine:
         machine = self._machines.get(running.private["uuid"])
         if machine is not None and machine.body.pid == running.process.pid:
             machine.body.poll()  # takes the exit status, lest it stays a zombie
-        if _process(running.process.pid) == running.process:
+        if process_of(running.process.pid) == running.process:
             return Status(alive=True, paused=(runtime / "paused").exists())
         try:
             return Status(alive=False, **json.loads((runtime / "exit.json").read_bytes()))
@@ -160,7 +151,7 @@ class FakeEngine:
     async def wait(self, running: Running, timeout: float | None = None) -> Status:
         try:
             async with asyncio.timeout(timeout):
-                await _gone(running.process)
+                await gone(running.process)
         except TimeoutError:
             raise Timeout(f"the machine still runs after {timeout:g} s") from None
         return self.status(running)
@@ -194,48 +185,48 @@ class FakeEngine:
         machine = self._machines.get(running.private["uuid"])
         if machine is not None and machine.body.pid == running.process.pid:
             await self._finish(machine, "killed")
-        elif _process(running.process.pid) == running.process:
+        elif process_of(running.process.pid) == running.process:
             os.kill(running.process.pid, signal.SIGKILL)
-        await _gone(running.process)
+        await gone(running.process)
 
-    async def _finish(self, machine: _Machine, ended: str) -> None:
+    async def _finish(self, machine: Machine, ended: str) -> None:
         """The end of a machine, in this process: its disk is written, its process goes, its sockets close."""
         if self._machines.pop(machine.launch.uuid, None) is None:
             return
         if machine.body.poll() is None:
-            _save_disk(machine.launch, machine.active)
+            save_disk(machine.launch, machine.active)
             record = {"ended": ended, "crashed": False}
             (machine.launch.runtime / "exit.json").write_text(json.dumps(record), "utf-8")
-        await _dismantle(machine)
+        await dismantle(machine)
 
     def reap(self, launch_runtime: Path) -> None:
         machine = self._machines.pop(launch_runtime.name, None)
         if machine is not None:  # it was killed from outside
-            self._soon(_dismantle(machine))
+            self._soon(dismantle(machine))
         shutil.rmtree(launch_runtime, ignore_errors=True)
 
     async def abandon(self, launch_runtime: Path) -> None:
         with contextlib.suppress(OSError, ValueError, TypeError):
             pid, start = json.loads((launch_runtime / "body.json").read_bytes())
-            if _process(pid) == Process(pid, start):
+            if process_of(pid) == Process(pid, start):
                 os.kill(pid, signal.SIGKILL)
-                await _gone(Process(pid, start))
+                await gone(Process(pid, start))
         machine = self._machines.pop(launch_runtime.name, None)
         if machine is not None:
-            await _dismantle(machine)
+            await dismantle(machine)
         self.reap(launch_runtime)
 
     async def disown(self, running: Running) -> None:
         (Path(running.runtime) / "kept").touch()
 
     def agent_channels(self, running: Running) -> Sequence[Path]:
-        return _channels(Path(running.runtime))
+        return channels(Path(running.runtime))
 
     def console(self, running: Running) -> Path:
         return Path(running.runtime) / "console.sock"
 
     def usage(self, running: Running) -> Usage:
-        if _process(running.process.pid) != running.process:
+        if process_of(running.process.pid) != running.process:
             return Usage(cpu_seconds=0.0, rss=0)
         pages = int(Path(f"/proc/{running.process.pid}/statm").read_text("ascii").split()[1])
         return Usage(cpu_seconds=0.0, rss=pages * os.sysconf("SC_PAGESIZE"))
@@ -248,7 +239,7 @@ class FakeEngine:
         try:
             self._maybe_fail("capture")
             shutil.copytree(machine.launch.runtime / "tree", target / "tree", symlinks=True)
-            state = _guest_state(machine.guest)
+            state = guest_state(machine.guest)
             state["token"] = (state["token"] or b"").hex()
             (target / "guest.json").write_text(json.dumps(state), "utf-8")
         except (OSError, PosadaError) as error:
@@ -256,7 +247,7 @@ class FakeEngine:
         self._switch(machine, layers)
         return Capture(
             pause=time.monotonic() - began,
-            memory_bytes=_tree_size(target / "tree"),
+            memory_bytes=tree_size(target / "tree"),
             private={"engine": "fake"},
         )
 
@@ -269,8 +260,8 @@ class FakeEngine:
         self._switch(self._mine(running), layers)
         return time.monotonic() - began
 
-    def _switch(self, machine: _Machine, layers: Sequence[NewLayer]) -> None:
-        _save_disk(machine.launch, machine.active)
+    def _switch(self, machine: Machine, layers: Sequence[NewLayer]) -> None:
+        save_disk(machine.launch, machine.active)
         for layer in layers:
             os.close(machine.active[layer.disk])
             machine.active[layer.disk] = os.open(layer.path, os.O_RDWR | os.O_CLOEXEC)
@@ -291,7 +282,7 @@ class FakeEngine:
             raise CaptureFailed(str(error), switched=()) from error
         self._switch(machine, layers)
         tree = machine.launch.runtime / "tree"
-        state = _guest_state(machine.guest)
+        state = guest_state(machine.guest)
         made = [await self._copy(child, tree, state, False) for child in children]
         return Forked(children=tuple(made), pause=time.monotonic() - began)
 
@@ -299,7 +290,7 @@ class FakeEngine:
         try:
             self._maybe_fail(f"child {launch.name}")
             own = launch.runtime / "tree"
-            _clear(own)
+            clear(own)
             shutil.copytree(tree, own, symlinks=True)
             return await self._run(launch, "forked", state, paused)
         except (OSError, PosadaError) as error:
@@ -327,8 +318,7 @@ class FakeEngine:
 
     async def add_port(self, running: Running, port: PortRecord) -> PortRecord:
         machine = self._mine(running)
-        spec = PortSpec(guest=port.guest, host=port.host or None, address=port.address, protocol=_protocol(port))
-        bound, listener = _bind(spec)
+        bound, listener = bind(port)
         machine.ports[bound] = listener
         return bound
 
@@ -339,7 +329,7 @@ class FakeEngine:
 
     # details
 
-    def _mine(self, running: Running) -> _Machine:
+    def _mine(self, running: Running) -> Machine:
         """The machine, if this process runs it. A fake machine whose maker died can only be looked at and killed."""
         machine = self._machines.get(running.private["uuid"])
         if machine is None or machine.body.poll() is not None:
@@ -350,167 +340,3 @@ class FakeEngine:
         error = self.fail.pop(what, None)
         if error is not None:
             raise error
-
-
-async def _dismantle(machine: _Machine) -> None:
-    """Process, sockets and ports of a machine are gone when this returns."""
-    _end(machine.body)
-    machine.console.close()
-    for listener in machine.ports.values():
-        listener.close()
-    while machine.active:
-        os.close(machine.active.popitem()[1])
-    await machine.guest.close()
-
-
-def _guest_state(guest: FakeGuest) -> dict[str, Any]:
-    """What a guest's memory holds besides its tree."""
-    return {
-        "hostname": guest.hostname,
-        "machine_id": guest.machine_id,
-        "generation": guest.generation,
-        "boot_id": guest.boot_id,
-        "token": guest.token,
-    }
-
-
-def _channels(runtime: Path) -> tuple[Path, ...]:
-    return tuple(runtime / f"agent{i}.sock" for i in range(CHANNELS))
-
-
-def _protocol(port: PortRecord) -> Any:
-    return port.protocol
-
-
-def _clear(tree: Path) -> None:
-    shutil.rmtree(tree, ignore_errors=True)
-
-
-def _log(launch: Launch, text: str) -> None:
-    with open(launch.log, "a", encoding="utf-8") as file:
-        file.write(text)
-
-
-def _console(log: Path) -> Callable[[asyncio.StreamReader, asyncio.StreamWriter], Any]:
-    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """What was said so far, then whatever is typed comes back."""
-        with contextlib.suppress(OSError):
-            writer.write(log.read_bytes())
-            while data := await reader.read(4096):
-                writer.write(data)
-                await writer.drain()
-        writer.close()
-
-    return serve
-
-
-def _bind(port: PortSpec) -> tuple[PortRecord, socket.socket]:
-    kind = socket.SOCK_STREAM if port.protocol == "tcp" else socket.SOCK_DGRAM
-    listener = socket.socket(socket.AF_INET, kind)
-    try:
-        listener.bind((port.address, port.host or 0))
-        if kind == socket.SOCK_STREAM:
-            listener.listen(1)
-    except OSError as error:
-        listener.close()
-        raise HostError(
-            f"cannot forward {port.address}:{port.host}: {error.strerror}", hint="choose another"
-        ) from error
-    return PortRecord(port.guest, listener.getsockname()[1], port.address, port.protocol), listener
-
-
-def _spawn_body(runtime: Path) -> subprocess.Popen[bytes]:
-    """The process that stands for the machine. It goes on living only once its pid is on record (see `abandon`)."""
-    body = subprocess.Popen(
-        ["/bin/sh", "-c", "read go && exec sleep infinity"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-        cwd="/",
-        env={"POSADA_FAKE_MACHINE": str(runtime)},  # by which tests find what is left
-    )
-    process = _process(body.pid)
-    (runtime / "body.json").write_text(json.dumps([body.pid, process.start if process else 0]), "utf-8")
-    with contextlib.suppress(BrokenPipeError):
-        if body.stdin is not None:
-            body.stdin.write(b"go\n")
-            body.stdin.close()
-    return body
-
-
-def _end(body: subprocess.Popen[bytes]) -> None:
-    if body.poll() is None:
-        body.kill()
-        body.wait()
-
-
-def _process(pid: int) -> Process | None:
-    """By /proc, as the contract wants it: pid and start time; None when it is gone or a zombie."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text("ascii").rpartition(") ")[2].split()
-    except OSError:
-        return None
-    return None if fields[0] in ("Z", "X") else Process(pid, int(fields[19]))
-
-
-async def _gone(process: Process) -> None:
-    """Wait until it has ended; it need not be a child of this process."""
-    try:
-        fd = os.pidfd_open(process.pid)
-    except ProcessLookupError:
-        return
-    try:
-        if _process(process.pid) != process:
-            return
-        loop = asyncio.get_running_loop()
-        ended = asyncio.Event()
-        loop.add_reader(fd, ended.set)
-        try:
-            await ended.wait()
-        finally:
-            loop.remove_reader(fd)
-    finally:
-        os.close(fd)
-
-
-def _files(tree: Path) -> Iterator[Path]:
-    return (path for path in tree.rglob("*") if path.is_file() and not path.is_symlink())
-
-
-def _tree_size(tree: Path) -> int:
-    return sum(path.stat().st_size for path in _files(tree))
-
-
-def _save_disk(launch: Launch, active: dict[str, int]) -> None:
-    """Write the disk part of the tree into the active layer of the root disk."""
-    if not launch.disks or launch.disks[0].name not in active:
-        return
-
-    def keep(entry: tarfile.TarInfo) -> tarfile.TarInfo | None:
-        memory = any(entry.name == m or entry.name.startswith(m + "/") for m in _MEMORY)
-        return None if memory or not (entry.isreg() or entry.isdir() or entry.issym()) else entry
-
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w") as tar:
-        for path in sorted((launch.runtime / "tree").iterdir()):
-            tar.add(path, arcname=path.name, filter=keep)
-    data = buffer.getvalue()
-    os.pwrite(active[launch.disks[0].name], _PAYLOAD.pack(_MAGIC, len(data)) + data, _PAYLOAD_AT)
-
-
-def _load_disk(disk: DiskFile, tree: Path) -> None:
-    """Unpack the topmost tree of the chain."""
-    for path, _ in reversed(disk.chain):
-        try:
-            with open(path, "rb") as file:
-                file.seek(_PAYLOAD_AT)
-                head = file.read(_PAYLOAD.size)
-                if len(head) < _PAYLOAD.size or head[:8] != _MAGIC:
-                    continue
-                data = file.read(_PAYLOAD.unpack(head)[1])
-        except OSError as error:
-            raise EngineError(f"cannot open disk {disk.name}", detail=str(error)) from error
-        with tarfile.open(fileobj=io.BytesIO(data)) as tar:
-            tar.extractall(tree, filter="fully_trusted")
-        return

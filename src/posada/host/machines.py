@@ -37,11 +37,13 @@ class Machines:
     def __init__(self, house: House) -> None:
         self._house = house
         self._reaping: set[str] = set()
+        self._recovering = False
 
     # looking
 
     def get(self, ref: str) -> VmRecord:
         """The record as it truly is now: a machine whose process has ended is stored as stopped or crashed here."""
+        self._recover_soon()
         vm = self._house.refresh(self._house.find(ref))
         if self._doomed(vm):
             self._reap_soon(vm)
@@ -50,6 +52,7 @@ class Machines:
 
     def list(self, *, labels: Mapping[str, str] = {}) -> list[VmRecord]:
         """All, by name; those with all of ``labels``. Ephemeral ones that have ended are not shown any more."""
+        self._recover_soon()
         shown: list[VmRecord] = []
         for vm in self._house.db.vms():
             if labels and any(vm.spec.labels.get(k) != v for k, v in labels.items()):
@@ -71,6 +74,20 @@ class Machines:
         if vm.uuid not in self._reaping:
             self._reaping.add(vm.uuid)
             self._house.spawn(self._reap(vm.uuid), f"reap {vm.name}")
+
+    def _recover_soon(self) -> None:
+        """For processes that stay open for long: what another left undone meanwhile is put right by who looks."""
+        if not self._recovering and any(not alive(op.owner) for op in self._house.db.open_operations()):
+            self._recovering = True
+            self._house.spawn(self._recover(), "recover")
+
+    async def _recover(self) -> None:
+        from posada.host import recovery
+
+        try:
+            await recovery.recover(self._house)
+        finally:
+            self._recovering = False
 
     async def _reap(self, uuid: str) -> None:
         from posada.host.lifecycle import reap_ephemeral
