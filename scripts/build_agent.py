@@ -46,7 +46,8 @@ def compile_agent(arch: str, target: Path) -> None:
     """Raises subprocess.CalledProcessError, whose output is the compiler's."""
     sources = [p.relative_to(ROOT).as_posix() for p in inputs() if p.suffix == ".c"]
     compiler = [sys.executable, "-m", "ziglang", "cc", "-target", f"{arch}-linux-musl"]
-    subprocess.run([*compiler, *FLAGS, "-o", str(target), *sources], check=True, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    command = [*compiler, *FLAGS, "-o", str(target), *sources]
+    subprocess.run(command, check=True, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 def build(arch: str, out: Path = OUT) -> Path:

@@ -130,10 +130,9 @@ def check_all(root: Path) -> tuple[list[Finding], list[str]]:
             refused, note = check_length(name, text)
             findings += [refused] if refused else []
             notes += [note] if note else []
-        if path.suffix == ".py":
-            if name.startswith("src/"):
-                findings += check_pointers(name, text)
-                findings += check_docstring(name, text)
+        if path.suffix == ".py" and name.startswith("src/"):
+            findings += check_pointers(name, text)
+            findings += check_docstring(name, text)
         if name.startswith(STDLIB_ONLY):
             findings += check_stdlib_only(name, text)
         if path.suffix == ".md":
