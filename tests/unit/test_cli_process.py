@@ -249,6 +249,7 @@ print("end")
 def test_progress_is_shown_on_a_terminal_only(start: Spawn, terminal: type[Terminal]) -> None:
     shown = terminal(sys.executable, "-c", BAR)
     shown.expect("half\N{REPLACEMENT CHARACTER} way")
+    shown.expect("██████████░░░░░░░░░░  50%")
     shown.expect("for long")
     shown.expect("end")
     assert start(sys.executable, "-c", BAR).communicate(timeout=30) == ("end\n", "")

@@ -39,24 +39,22 @@ class Bar:
 
     def _show(self) -> None:
         if self._progress is not None and self._task is not None:
-            total = None if self._fraction is None else 100.0
-            completed = 100.0 * (self._fraction or 0.0)
-            text = output.clean(self._message)
-            self._progress.update(self._task, description=text, total=total, completed=completed)
+            self._progress.update(self._task, description=output.clean(self._message), bar=drawn(self._fraction))
 
     def _open(self) -> None:
         from rich.console import Console
-        from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+        from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
         self._progress = Progress(
             SpinnerColumn(),
             TextColumn("{task.description}", markup=False),
-            BarColumn(),
+            TextColumn("{task.fields[bar]}", markup=False),
             TimeElapsedColumn(),
             console=Console(stderr=True),
+            refresh_per_second=5,  # a guest may be booting on the same processors
             transient=True,
         )
-        self._task = self._progress.add_task("", total=None)
+        self._task = self._progress.add_task("", total=None, bar="")
         self._show()
         self._progress.start()
 
@@ -67,3 +65,11 @@ class Bar:
             self._timer.cancel()
         if self._progress is not None:
             self._progress.stop()
+
+
+def drawn(fraction: float | None) -> str:
+    """``████████░░░░░░░░░░░░  40%``; nothing where it is not known."""
+    if fraction is None:
+        return ""
+    done = round(20 * min(max(fraction, 0.0), 1.0))
+    return f"{'█' * done}{'░' * (20 - done)} {fraction:4.0%}"
