@@ -116,6 +116,15 @@ def test_errors_as_json(posada_cli: Posada) -> None:
     assert (error["type"], error["exit_status"]) == ("UsageError", 2)
 
 
+def test_a_state_directory_that_cannot_be(posada_cli: Posada, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("POSADA_HOME", str(tmp_path / "file" / "below"))
+    done = posada_cli("ps")
+    assert (done.status, done.out) == (1, "")
+    assert done.err.startswith("posada: error: cannot make ")
+    assert "hint: set POSADA_HOME" in done.err
+
+
 def test_a_bug_is_told_without_a_traceback(posada_cli: Posada, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: object) -> None:
         raise RuntimeError("oops")

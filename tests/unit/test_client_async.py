@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import socket
 import tarfile
 import time
 from pathlib import Path
@@ -422,7 +423,7 @@ async def test_fork_of_a_snapshot_and_clone() -> None:
 async def test_a_fork_that_fails_in_part_hands_over_the_survivors(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(load("fake").fail, "child bad", values.EngineError("stillborn"))  # type: ignore[attr-defined]
     async with api.run(IMAGE, engine="fake") as vm:
-        with pytest.raises(values.ForkError, match="stillborn") as caught:
+        with pytest.raises(values.ForkError, match="1 of 3 forks of .* failed: child 1: stillborn") as caught:
             await vm.fork(3, names=["good", "bad", "fine"])
         assert [kid.name for kid in caught.value.vms] == ["good", "fine"]
         assert list(caught.value.failures) == [1]
@@ -459,6 +460,11 @@ async def test_resize_rename_disks_ports() -> None:
 async def test_waiting() -> None:
     async with api.run(IMAGE, engine="fake") as vm:
         assert "booted" in await vm.wait_for.text(r"boo\w+")
+        with socket.create_server(("127.0.0.1", 0)) as server:  # the fake guest's loopback is this host's
+            port = server.getsockname()[1]
+            await vm.wait_for.port(port, timeout=5)
+        with pytest.raises(values.Timeout, match=f"port {port}"):
+            await vm.wait_for.port(port, timeout=0.1)
         await vm.files.write("/there", "")
         await vm.wait_for.file("/there", timeout=5)
         await vm.wait_for.command("true", timeout=5)

@@ -274,7 +274,8 @@ class VM:
         except ForkError as error:
             self._core.adopt(error.vms)
             survivors = [VM(self._rt, self._core, record, owned=True) for record in error.vms]
-            raise ForkError("fork failed in part", vms=survivors, failures=error.failures) from error
+            what = f"{len(error.failures)} of {n} forks of {self.record.name!r} failed"
+            raise ForkError(what, vms=survivors, failures=error.failures) from error
         self._core.adopt(records)
         return [VM(self._rt, self._core, record, owned=True) for record in records]
 
