@@ -281,9 +281,8 @@ static struct exec *exec_new(struct stream *s, pid_t pid, const char *name, cons
 	memcpy(x->name, name, n);
 	x->out.owner = x->err.owner = x;
 	x->out.ended = x->err.ended = source_ended;
-	x->in.watch.fd = x->err.watch.fd = -1;
-	if (mine[0] >= 0)
-		sink_start(&x->in, mine[0], s);
+	x->err.watch.fd = -1;
+	sink_start(&x->in, mine[0], s); /* without stdin there is no descriptor: what comes is swallowed */
 	if (master >= 0)
 		x->in.finish = terminal_eof;
 	source_start(&x->out, mine[1], s, 0);

@@ -17,6 +17,7 @@
 #include <unistd.h>
 
 #include "agent.h"
+#include "cgroup.h"
 #include "exec.h"
 #include "init.h"
 #include "job.h"
@@ -76,7 +77,11 @@ int main(int argc, char **argv)
 		in_guest = true;
 		settle_descriptors();
 		loop_init();
-		ports_open();
+		cgroups_init();
+		if (!ports_open()) {
+			say("posada-agent: there is no virtio port named org.posada.agent.*");
+			return 1;
+		}
 	} else if (path) {
 		in_guest = *test_root != 0;
 		settle_descriptors();

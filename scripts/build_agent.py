@@ -16,6 +16,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import tomllib
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -34,24 +35,48 @@ def inputs() -> list[Path]:
     return sorted(SOURCES.glob("*.[ch]"))
 
 
+def version() -> str:
+    return str(tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"])
+
+
 def fingerprint() -> str:
     """Changes when the sources or the way they are compiled change."""
-    digest = hashlib.sha256(" ".join(f for f in FLAGS if str(ROOT) not in f).encode())
+    digest = hashlib.sha256(" ".join([version(), *(f for f in FLAGS if str(ROOT) not in f)]).encode())
     for path in inputs():
         digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()
 
 
-def compile_agent(arch: str, target: Path) -> None:
-    """Raises subprocess.CalledProcessError, whose output is the compiler's."""
+class BuildError(Exception):
+    """The agent cannot be built; the text is the compiler's, or says what is missing."""
+
+
+def compile_agent(arch: str, target: Path, *, cache: Path | None = None) -> None:
+    """``cache``: an empty directory in place of zig's own cache, to build really everything. Raises BuildError."""
+    if importlib.util.find_spec("ziglang") is None:
+        raise BuildError("the ziglang package is missing: pip install 'ziglang>=0.13,<1'")
     sources = [p.relative_to(ROOT).as_posix() for p in inputs() if p.suffix == ".c"]
     compiler = [sys.executable, "-m", "ziglang", "cc", "-target", f"{arch}-linux-musl"]
-    command = [*compiler, *FLAGS, "-o", str(target), *sources]
-    subprocess.run(command, check=True, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    command = [*compiler, *FLAGS, f'-DAGENT_VERSION="{version()}"', "-o", str(target), *sources]
+    fresh = {"ZIG_LOCAL_CACHE_DIR": str(cache), "ZIG_GLOBAL_CACHE_DIR": str(cache)} if cache else {}
+    done = subprocess.run(
+        command,
+        check=False,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=os.environ | fresh,
+    )
+    if done.returncode:
+        raise BuildError(done.stdout.strip())
 
 
 def build(arch: str, out: Path = OUT) -> Path:
-    """The agent of ``arch``, built only when the sources changed. Several processes may call it at once."""
+    """The agent of ``arch``, built only when the sources changed. Several processes may call it at once.
+
+    Raises BuildError, and OSError where ``out`` cannot be written.
+    """
     out.mkdir(parents=True, exist_ok=True)
     binary, stamp = out / f"posada-agent-{arch}", out / f".posada-agent-{arch}.stamp"
     with open(out / ".lock", "w") as lock:
@@ -74,20 +99,16 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--check-reproducible", action="store_true", help="build again and compare the bytes")
     options = parser.parse_args()
-    if importlib.util.find_spec("ziglang") is None:
-        print("build_agent: the ziglang package is missing: pip install 'ziglang>=0.13,<1'", file=sys.stderr)
-        return 1
     for arch in options.arch or ARCHES:
         try:
             binary = build(arch, options.out)
             if options.check_reproducible:
                 with tempfile.TemporaryDirectory() as scratch:
-                    compile_agent(arch, Path(scratch) / "again")
+                    compile_agent(arch, Path(scratch) / "again", cache=Path(scratch) / "cache")
                     if (Path(scratch) / "again").read_bytes() != binary.read_bytes():
-                        print(f"build_agent: {arch} differs from one build to the next", file=sys.stderr)
-                        return 1
-        except subprocess.CalledProcessError as error:
-            print(error.stdout, file=sys.stderr)
+                        raise BuildError(f"{arch} differs from one build to the next")
+        except BuildError as error:
+            print(f"build_agent: {error}", file=sys.stderr)
             return 1
         print(f"{binary}  {binary.stat().st_size} bytes")
     return 0

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tarfile
 import time
+import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +24,8 @@ from typing import Any
 
 import pytest
 
+import posada.guest.binary
+from posada.errors import HostError
 from posada.guest.binary import agent_binary
 from posada.proto import cbor, frames
 from posada.proto.frames import FrameType, cbor_frame, frame
@@ -56,6 +59,7 @@ class TestBuild:
         builder = tmp_path / "elsewhere" / "scripts" / "build_agent.py"
         builder.parent.mkdir()
         shutil.copy(ROOT / "scripts" / "build_agent.py", builder)
+        shutil.copy(ROOT / "pyproject.toml", tmp_path / "elsewhere")
         subprocess.run(
             [sys.executable, builder, "--arch", ARCH, "--out", tmp_path], check=True, stdout=subprocess.DEVNULL
         )
@@ -63,6 +67,28 @@ class TestBuild:
 
     def test_it_does_not_know_where_it_was_built(self, binary: Path) -> None:
         assert str(ROOT).encode() not in binary.read_bytes()
+
+    def test_its_version_is_posadas(self, binary: Path) -> None:
+        said = subprocess.run([binary, "--version"], capture_output=True, text=True, timeout=10, check=True).stdout
+        project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+        assert said == f"posada-agent {project['version']}\n"
+
+    def test_sources_that_do_not_compile(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The error is the compiler's; what an earlier build left is not passed off as today's."""
+        (tmp_path / "agent").mkdir()
+        (tmp_path / "agent" / "main.c").write_text("int main(void) { return undeclared; }")
+        (tmp_path / "bin").mkdir()
+        (tmp_path / "bin" / f"posada-agent-{ARCH}").write_text("old")
+        shutil.copy(ROOT / "pyproject.toml", tmp_path)
+        builder = posada.guest.binary._load_builder()
+        monkeypatch.setattr(builder, "ROOT", tmp_path)
+        monkeypatch.setattr(builder, "SOURCES", tmp_path / "agent")
+        monkeypatch.setattr(posada.guest.binary, "_load_builder", lambda: builder)
+        monkeypatch.setattr(posada.guest.binary, "_BIN", tmp_path / "bin")
+        with pytest.raises(HostError, match="undeclared"):
+            posada.guest.binary._built(ARCH)
+        with pytest.raises(HostError, match="no guest agent for vax"):
+            posada.guest.binary._built("vax")
 
     @pytest.mark.parametrize("arguments", [[], ["--listen"], ["--nonsense"]])
     def test_usage(self, binary: Path, arguments: list[str]) -> None:
@@ -399,6 +425,12 @@ class TestExec:
         assert wire.closed(9) == {}
         assert data == b"".join(b"%d\n" % i for i in range(1, 200001))
 
+    def test_input_that_was_not_asked_for_is_swallowed(self, agent: Agent) -> None:
+        wire = agent.connect()
+        wire.open(1, "exec", argv=["sleep", "0.2"], stdin=False)
+        wire.send(frame(1, FrameType.DATA, b"x" * 65536) * 3, frame(1, FrameType.EOF))
+        assert wire.closed(1) == {}
+
     def test_a_grandchild_may_write_on(self, agent: Agent, tmp_path: Path) -> None:
         """The exec is over for the client 200 ms after its process; who still holds its pipe does not die of SIGPIPE."""
         wire = agent.connect()
@@ -604,6 +636,7 @@ def garbage(chance: random.Random, directory: Path) -> bytes:
         cbor_frame(chance.randrange(1, 5), FrameType.OPEN, body)
         for body in (
             {"kind": "exec", "argv": [f"{here}/no"], "env": {"A": "b"}}, {"kind": "exec", "argv": ["/bin/cat"]},
+            {"kind": "exec", "argv": ["/bin/cat"], "stdin": False},
             {"kind": "exec", "argv": ["/bin/cat"], "pty": {"rows": 1, "cols": 2}}, {"kind": "read", "path": "/proc/self/maps"},
             {"kind": "tar-out", "path": here}, {"kind": "watch", "path": here}, {"kind": "connect", "port": 1},
             {"kind": "tar-in", "path": f"{here}/unpacked"},
