@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import time
 from pathlib import Path
 
 from posada.model.units import MIB
@@ -80,5 +81,10 @@ def create(uuid: str, *, cpus: int, memory: int) -> list[Path]:
 def remove(uuid: str) -> None:
     """Idempotent. A group that still has a process in it stays."""
     for path in directories(uuid):
-        with contextlib.suppress(OSError):
-            path.rmdir()
+        for _ in range(20):
+            try:
+                path.rmdir()
+            except FileNotFoundError:
+                break
+            except OSError:
+                time.sleep(0.001)  # Linux 6.18 takes a dead process out a moment after it has told of its death

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import secrets
 from collections.abc import Sequence
 from pathlib import Path
@@ -79,6 +80,8 @@ class Switch:
     async def prepare(self) -> None:
         """Open the new layers. On failure nothing has changed."""
         try:
+            if self._layers:
+                await remove_strays(self._session)
             for layer in self._layers:
                 node = new_node(self._layout.slot(layer.disk))
                 await add_node(self._session, layer.path, layer.format, node=node, backing=None, writable=True)
@@ -127,6 +130,19 @@ async def remove_chain(session: Session, nodes: Sequence[str]) -> None:
     for node in reversed(nodes):
         await remove_node(session, node)
         await remove_node(session, f"{node}-f")
+
+
+async def remove_strays(session: Session) -> None:
+    """Close layers that nothing uses: a client opened them for a switch, and died before it.
+
+    They hold a lock for writing on a file that the next fork freezes, and every child would be refused it.
+    """
+    graph = await session.execute("x-debug-query-block-graph")
+    used = {edge["child"] for edge in graph["edges"]}
+    for node in graph["nodes"]:
+        if re.fullmatch(r"d\d+-[0-9a-f]{12}", node["name"]) and node["id"] not in used:
+            await remove_node(session, node["name"])
+            await remove_node(session, f"{node['name']}-f")
 
 
 async def remove_disk_nodes(session: Session, slot: int) -> None:

@@ -122,8 +122,18 @@ async def spawn(launch: Launch, invocation: Invocation, files: Descriptors, acce
         return spawned
     finally:
         if spawned is None:
-            control.close()
+            await _gone(control)
             cgroups.remove(launch.uuid)
+
+
+async def _gone(control: socket.socket) -> None:
+    """Tell the keeper that nobody waits for it, and wait until it has ended what it started."""
+    with control, contextlib.suppress(OSError, TimeoutError):
+        control.setblocking(False)
+        control.shutdown(socket.SHUT_WR)
+        async with asyncio.timeout(START_TIMEOUT):
+            while await asyncio.get_running_loop().sock_recv(control, 8192):
+                pass
 
 
 async def _answer(control: socket.socket) -> str:

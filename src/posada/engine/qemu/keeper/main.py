@@ -339,10 +339,13 @@ class Keeper:
         except OSError:
             pass  # the directory is gone: the machine was deleted
         for path in self.job.cgroups:
-            try:
-                os.rmdir(path)
-            except OSError:
-                pass
+            for _ in range(20):
+                try:
+                    os.rmdir(path)
+                except FileNotFoundError:
+                    break
+                except OSError:
+                    time.sleep(0.001)  # Linux 6.18 takes a dead process out a moment after it has told of its death
 
     def _registered(self, fd: int) -> bool:
         try:
