@@ -60,17 +60,19 @@ echo "I: posada: disk" >&2
 # The features are named, and the host's mke2fs.conf ignored, so that the disk does not depend on the host's e2fsprogs and
 # mounts in kernels since 4.4. Inode tables are holes of a sparse file: zero already, so that no guest spends its first minutes
 # zeroing them. No reserved blocks, and a small journal: it is dirtied from end to end in every overlay.
-cat > "$root/tmp/mke2fs.sh" <<'SCRIPT'
-set -eu
-MKE2FS_CONFIG=/dev/null "$POSADA_MKE2FS" -q -F -t ext4 -b 4096 -I 256 -i 16384 -m 0 -J size=16 \
-    -O none,has_journal,ext_attr,resize_inode,dir_index,filetype,extent,64bit,flex_bg,sparse_super,large_file,huge_file,dir_nlink,extra_isize,metadata_csum \
-    -E "lazy_itable_init=0,root_owner=0:0,hash_seed=$POSADA_UUID" -U "$POSADA_UUID" -L root -d "$1" "$POSADA_DISK"
-SCRIPT
-# A bind mount that is not recursive shows the tree without the proc, sys and dev that are mounted in it now.
-unshare --mount --propagation="$POSADA_PROPAGATION" sh -euc '
-    script=$(cat "$1/tmp/mke2fs.sh")
-    rm -rf "$1/tmp/mke2fs.sh"
-    mount --bind "$1" "$1/mnt"
-    find "$1/mnt/run" "$1/mnt/tmp" -mindepth 1 -maxdepth 1 ! -name lock -exec rm -rf {} +
-    sh -euc "$script" mke2fs "$1/mnt"
-' sh "$root" >&2
+write_disk='
+    find "$1/run" "$1/tmp" -mindepth 1 -maxdepth 1 ! -name lock -exec rm -rf {} +
+    features=has_journal,ext_attr,resize_inode,dir_index,filetype,extent,64bit,flex_bg,sparse_super
+    features=$features,large_file,huge_file,dir_nlink,extra_isize,metadata_csum
+    MKE2FS_CONFIG=/dev/null "$POSADA_MKE2FS" -q -F -t ext4 -b 4096 -I 256 -i 16384 -m 0 -J size=16 -L root \
+        -O "none,$features" \
+        -E "lazy_itable_init=0,root_owner=0:0,hash_seed=$POSADA_UUID" -U "$POSADA_UUID" -d "$1" "$POSADA_DISK"
+'
+own_mounts="unshare --mount --propagation=$POSADA_PROPAGATION"
+if $own_mounts true 2> /dev/null; then
+    # A bind mount that is not recursive shows the tree without the proc, sys and dev that are mounted in it now.
+    $own_mounts sh -euc 'mount --bind "$1" "$1/mnt"; sh -euc "$2" sh "$1/mnt"' sh "$root" "$write_disk" >&2
+else
+    # In a container whose root may not mount: then mmdebstrap could not either, and the tree is bare.
+    sh -euc "$write_disk" sh "$root" >&2
+fi

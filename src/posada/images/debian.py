@@ -123,10 +123,7 @@ async def build_debian(
         simulate = f'APT_CONFIG="$MMDEBSTRAP_APT_CONFIG" apt-get -s -qq install {shlex.join(chosen)} >/dev/null'
         checks = [simulate] if packages else []
         argv = [
-            # mmdebstrap run by root mounts proc, sys and dev below the tree: in a namespace of its own they are gone with
-            # it, however it dies, and nobody who removes the tree can walk into them.
-            *(("unshare", "--mount", f"--propagation={_propagation()}") if os.geteuid() == 0 else ()),
-            "mmdebstrap", "--variant=minbase", "--format=null", f"--architectures={ARCHES[arch]}",
+            *_own_mounts(), "mmdebstrap", "--variant=minbase", "--format=null", f"--architectures={ARCHES[arch]}",
             f"--include={','.join(chosen)}",
             "--skip=cleanup/apt,cleanup/mmdebstrap,cleanup/reproducible,cleanup/run,cleanup/tmp",
             *(f"--aptopt={line}" for line in options),
@@ -135,10 +132,23 @@ async def build_debian(
         ]  # fmt: skip
         try:
             await run_tool(
-                argv, package="util-linux", pass_fds=(disk, kernel, modules), env=settings, on_line=_watch(progress)
+                argv, package="mmdebstrap", pass_fds=(disk, kernel, modules), env=settings, on_line=_watch(progress)
             )
         except ToolFailed as error:
             raise _explain(error) from error
+
+
+def _own_mounts() -> tuple[str, ...]:
+    """How root starts mmdebstrap, which mounts proc, sys and dev below the tree: in a namespace of their own, where they
+    are gone with it, however it dies, and nobody who removes the tree can walk into them.
+
+    Where root may not make one (a container), mmdebstrap cannot mount either, and does without. Other users' builds
+    always have a namespace of their own.
+    """
+    if os.geteuid() != 0:
+        return ()
+    command = (find_tool("unshare", "util-linux"), "--mount", f"--propagation={_propagation()}")
+    return command if subprocess.run([*command, "true"], capture_output=True, check=False).returncode == 0 else ()
 
 
 def _propagation() -> str:
@@ -206,8 +216,8 @@ def _explain(error: ToolFailed) -> Exception:
     if re.search(r"Temporary failure resolving|Could not connect|Failed to fetch|Cannot initiate the conn", output):
         first = next((line for line in output.splitlines() if line.startswith(("E:", "Err:"))), "")
         return HostError(f"the Debian mirror does not answer: {first}", hint="check the network and apt's sources")
-    if "unshare failed" in output or "unable to pick chroot mode" in output:
-        hint = "allow user namespaces to this user, or (in a container) mount namespaces to root"
+    if "unable to pick chroot mode" in output:
+        hint = "allow this user unprivileged user namespaces, or build as root"
         return HostError("namespaces are not permitted here, and building an image needs them", hint=hint)
     if "/etc/subuid" in output or "newuidmap" in output:
         add = "usermod --add-subuids 100000-165535 --add-subgids 100000-165535 USER"
