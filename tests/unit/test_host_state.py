@@ -206,6 +206,25 @@ async def test_a_rebuild_takes_only_what_is_whole(place: Path) -> None:
     await host.close()
 
 
+async def test_a_rebuild_from_an_old_vm_json_never_writes_to_a_frozen_layer(place: Path) -> None:
+    host = await open_host(place)
+    add_image(host)
+    vm = await host.vms.create(spec(name="one"))
+    old = host.paths.vm_json(vm.uuid).read_bytes()
+    await host.vms.snapshot("one", "point")
+    host.paths.vm_json(vm.uuid).write_bytes(old)
+    host.db.forget_all()
+    await host.recover(rebuild=True)
+    (disk,), (point,) = host.vms.get("one").disks, host.vms.snapshots("one")
+    assert disk.chain[:-1] == point.disks[0].chain
+    for path in host.paths.disks(vm.uuid).iterdir():  # the top that the old vm.json did not know
+        if path.name != f"root-{disk.chain[-1][:8]}.qcow2":
+            path.unlink()
+    check_consistent(host)
+    await host.vms.delete("one")
+    await host.close()
+
+
 async def test_one_state_directory_has_one_runtime_directory(place: Path) -> None:
     from posada.host.host import Host
 

@@ -14,7 +14,7 @@ from posada.host import faults, names
 from posada.host.files import remove_tree
 from posada.host.house import House, now
 from posada.host.launch import check_spec, macs_for
-from posada.host.layers import collect, frozen_path, new_layer
+from posada.host.layers import drop, frozen_path, new_layer
 from posada.host.operations import Operation
 from posada.host.process import me
 from posada.model.machine import DiskSpec, MachineSpec, validate
@@ -34,7 +34,7 @@ async def create(house: House, spec: MachineSpec, progress: Progress | None = No
     uid = str(uuid.uuid4())
     target = spec.name or spec.image or uid[:8]
     async with AsyncExitStack() as stack:
-        await stack.enter_async_context(house.locks.hold(uid, "create"))
+        await stack.enter_async_context(house.locks.hold(uid, "create", new=True))
         op = await stack.enter_async_context(house.operations.run("create", target, [uid], progress))
         image = await _image(house, spec, op)
         vm = VmRecord(
@@ -178,7 +178,10 @@ def forget(house: House, uid: str) -> None:
     if vm is not None:
         layers = {id for disk in vm.disks for id in disk.chain}
         layers |= {id for snapshot in house.db.snapshots(uid) for disk in snapshot.disks for id in disk.chain}
-        house.db.drop_vm(uid)
+        with house.db.transaction():
+            house.db.drop_vm(uid)
+            files = drop(house, layers)
         faults.point("delete.dropped")
-        collect(house, layers)
+        for path in files:
+            path.unlink(missing_ok=True)
     house.locks.forget(uid)

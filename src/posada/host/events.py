@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import AsyncIterator
 from typing import Any
 
+from posada.errors import HostError
 from posada.host.db import Database
 from posada.host.wakeup import Wakeups
 from posada.model.records import Event, VmRecord
+
+log = logging.getLogger(__name__)
 
 
 class Events:
@@ -18,8 +22,14 @@ class Events:
         self._wakeups = wakeups
 
     def emit(self, kind: str, vm: VmRecord | None = None, /, **data: Any) -> None:
-        """Record one and wake the followers. ``kind`` is what happened, such as ``vm.started``."""
-        self._db.add_event(kind, vm.uuid if vm else None, vm.name if vm else None, data)
+        """Record one and wake the followers. ``kind`` is what happened, such as ``vm.running``.
+
+        It has happened: that it cannot be recorded (a full disk) is no reason to fail.
+        """
+        try:
+            self._db.add_event(kind, vm.uuid if vm else None, vm.name if vm else None, data)
+        except HostError as error:
+            log.warning("event %s: %s", kind, error)
         self._wakeups.ring()
 
     def list(self, after: int = 0, limit: int = 1000) -> list[Event]:

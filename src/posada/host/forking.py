@@ -123,7 +123,7 @@ async def _fork_held(
     uuids = [child.uuid for child in children]
     async with AsyncExitStack() as stack:
         for uid in uuids:
-            await stack.enter_async_context(house.locks.hold(uid, "fork"))
+            await stack.enter_async_context(house.locks.hold(uid, "fork", new=True))
         op = await stack.enter_async_context(
             house.operations.run("fork", vm.name, [vm.uuid, *uuids], progress, source=vm.uuid, children=uuids)
         )
@@ -241,7 +241,7 @@ async def clone(house: House, ref: str, *, name: str | None, snapshot: str | Non
         child = _child(house, vm, point, chosen, name is not None, False)
         child = msgspec.structs.replace(child, identity_pending=house.has_agent(vm))
         async with AsyncExitStack() as stack:
-            await stack.enter_async_context(house.locks.hold(child.uuid, "clone"))
+            await stack.enter_async_context(house.locks.hold(child.uuid, "clone", new=True))
             op = await stack.enter_async_context(
                 house.operations.run("clone", vm.name, [vm.uuid, child.uuid], source=vm.uuid, children=[child.uuid])
             )

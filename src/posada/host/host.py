@@ -11,7 +11,7 @@ from posada.host.db import Database
 from posada.host.house import House
 from posada.host.machines import Machines
 from posada.host.paths import Paths
-from posada.host.process import alive, boot_id
+from posada.host.process import boot_id
 
 if TYPE_CHECKING:
     from posada.host.doctor import Check
@@ -107,7 +107,7 @@ class Host:
 async def _settle(house: House) -> None:
     """Cheap when there is nothing to do, which is nearly always: `recovery` is not even imported then."""
     moved = house.db.meta("boot") != boot_id() or house.db.meta("runtime") != str(house.paths.runtime)
-    interrupted = any(not alive(op.owner) for op in house.db.open_operations())
+    interrupted = any(map(house.operations.interrupted, house.db.open_operations()))
     if _half_made_images(house.paths.images):
         house.images.collect_garbage()
     if moved or interrupted:

@@ -21,7 +21,7 @@ import msgspec
 
 from posada.engine.base import Engine
 from posada.engine.registry import load
-from posada.errors import NotFound, StateError
+from posada.errors import HostError, NotFound, StateError
 from posada.host.db import Database
 from posada.host.events import Events
 from posada.host.files import write_atomic
@@ -38,6 +38,9 @@ if TYPE_CHECKING:
     from posada.images.store import ImageStore
 
 log = logging.getLogger(__name__)
+
+#: What `posada.host.rebuild` must find in vm.json as it is.
+_REBUILT = frozenset({"disks", "spec", "name", "macs"})
 
 _PREFIX = re.compile(r"[0-9a-f][0-9a-f-]{3,35}")
 
@@ -122,11 +125,19 @@ class House:
     # the state of one vm
 
     def save(self, vm: VmRecord, **changes: Any) -> VmRecord:
-        """Store the changed record, and vm.json beside the disks. Raises InvalidState for a forbidden change."""
+        """Store the changed record, and vm.json beside the disks. Raises InvalidState for a forbidden change.
+
+        A vm.json that cannot be written (a full disk) is an error only where a rebuild would miss what changed.
+        """
         new = msgspec.structs.replace(vm, **changes)
         check_transition(vm.name, vm.state, new.state)
         self.db.put_vm(new)
-        self.write_json(new)
+        try:
+            self.write_json(new)
+        except HostError as error:
+            if self.paths.vm(vm.uuid).is_dir() and not _REBUILT.isdisjoint(changes):
+                raise
+            log.warning("%s", error)
         if new.state is not vm.state:
             self.events.emit(
                 f"vm.{new.state}", new, **({"exit": new.exit} if new.exit and new.state in AT_REST else {})
@@ -178,8 +189,9 @@ class House:
                 await engine.wait(vm.running, timeout=10.0)
 
     def interrupted(self, uuid: str) -> list[OperationRecord]:
-        """Open operations on this vm whose owner is dead."""
-        return [op for op in self.db.open_operations() if uuid in op.intent.get("vms", ()) and not alive(op.owner)]
+        """Open operations on this vm that nobody works on any more."""
+        open = self.db.open_operations()
+        return [op for op in open if uuid in op.intent.get("vms", ()) and self.operations.interrupted(op)]
 
     @asynccontextmanager
     async def hold(self, ref: str, verb: str, *, check: bool = True) -> AsyncIterator[VmRecord]:

@@ -165,10 +165,16 @@ def collect(house: House, candidates: Iterable[str]) -> None:
     Safe without a global lock: a layer gets a new reference only from a vm or snapshot that has one and whose lock is
     held, so one that has none can never get one again.
     """
+    for path in drop(house, candidates):
+        path.unlink(missing_ok=True)
+
+
+def drop(house: House, candidates: Iterable[str]) -> list[Path]:
+    """The first half of `collect`: forget the layers. Returns the files, to be removed after the commit."""
     doomed = {id for id in candidates if not id.startswith(_IMAGE)}
-    if not doomed:
-        return
     files: list[Path] = []
+    if not doomed:
+        return files
     with house.db.transaction():
         doomed -= references(house)
         for id in doomed:
@@ -179,8 +185,7 @@ def collect(house: House, candidates: Iterable[str]) -> None:
             else:  # dropped by somebody who died before the next line
                 files += house.paths.layers.glob(f"{id}.*")
     faults.point("layers.dropped")
-    for path in files:
-        path.unlink(missing_ok=True)
+    return files
 
 
 def references(house: House) -> set[str]:

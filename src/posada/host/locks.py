@@ -28,8 +28,13 @@ class Locks:
         self._queues: dict[str, asyncio.Lock] = {}
 
     @asynccontextmanager
-    async def hold(self, name: str, why: str, *, timeout: float | None = DEFAULT_TIMEOUT) -> AsyncIterator[None]:
-        """Hold the lock. ``why`` is what others are told. Raises Busy after ``timeout`` seconds."""
+    async def hold(
+        self, name: str, why: str, *, timeout: float | None = DEFAULT_TIMEOUT, new: bool = False
+    ) -> AsyncIterator[None]:
+        """Hold the lock. ``why`` is what others are told. Raises Busy after ``timeout`` seconds.
+
+        ``new``: it is of something that is being made; if the block fails nothing has that name, nor a lock file.
+        """
         queue = self._queues.setdefault(name, asyncio.Lock())
         deadline = None if timeout is None else time.monotonic() + timeout
         try:
@@ -43,6 +48,10 @@ class Locks:
             try:
                 self._sign(fd, why)
                 yield
+            except BaseException:
+                if new:
+                    self.forget(name)
+                raise
             finally:
                 os.close(fd)
         finally:

@@ -77,7 +77,7 @@ class Machines:
 
     def _recover_soon(self) -> None:
         """For processes that stay open for long: what another left undone meanwhile is put right by who looks."""
-        if not self._recovering and any(not alive(op.owner) for op in self._house.db.open_operations()):
+        if not self._recovering and any(map(self._house.operations.interrupted, self._house.db.open_operations())):
             self._recovering = True
             self._house.spawn(self._recover(), "recover")
 

@@ -102,6 +102,7 @@ class Operations:
         self._events = events
         self._wakeups = wakeups
         self._tasks: dict[str, asyncio.Task[Any]] = {}
+        self._given_up: set[str] = set()
         self._watcher: asyncio.Task[None] | None = None
         self._ending: set[asyncio.Task[None]] = set()
 
@@ -157,6 +158,10 @@ class Operations:
     def changed(self) -> None:
         self._wakeups.ring()
 
+    def interrupted(self, record: OperationRecord) -> bool:
+        """It is open and nobody works on it any more."""
+        return record.state in OPEN and (not alive(record.owner) or record.id in self._given_up)
+
     async def _undo(self, op: Operation) -> bool:
         try:
             try:
@@ -175,7 +180,12 @@ class Operations:
         else:
             changes |= {"owner": NOBODY}
         op.record = msgspec.structs.replace(op.record, **changes)
-        self._db.put_operation(op.record)
+        try:
+            self._db.put_operation(op.record)
+        except PosadaError:
+            # A full disk. What happened has happened; recovery, also our own, will find out what that was.
+            log.exception("the end of the %s of %s could not be recorded", op.record.kind, op.record.target)
+            self._given_up.add(op.id)
         if state is not OperationState.DONE:
             self._events.emit(
                 f"operation.{state}",

@@ -12,6 +12,7 @@ import msgspec
 
 from posada.errors import AlreadyExists, ImageError, PosadaError
 from posada.host.house import House, now
+from posada.host.layers import overlay
 from posada.host.process import boot_id
 from posada.host.recovery import RecoverReport
 from posada.model.machine import validate
@@ -63,7 +64,8 @@ def _take(house: House, vm: VmRecord, layers: dict[str, Path]) -> None:
         name = f"{vm.name[:55]}-{number}"
     if name != vm.name:
         vm = msgspec.structs.replace(vm, name=name, spec=msgspec.structs.replace(vm.spec, name=name))
-    house.db.put_vm(vm)
+    vm = msgspec.structs.replace(vm, disks=tuple(_writable(house, vm, disk) for disk in vm.disks))
+    house.save(vm, disks=vm.disks)
     for point in sorted(points, key=lambda p: p.created):
         try:
             house.db.put_snapshot(point)
@@ -96,6 +98,16 @@ def _take_disk(house: House, disk: Disk, layers: dict[str, Path]) -> None:
                 created=now(),
             )
         )
+
+
+def _writable(house: House, vm: VmRecord, disk: Disk) -> Disk:
+    """The disk with a top of its own. A vm.json older than the last snapshot names a layer that is frozen since."""
+    layer = house.db.layer(disk.chain[-1])
+    if disk.readonly or (layer is not None and not layer.frozen):
+        return disk
+    disk, fresh = overlay(house, vm.uuid, disk)
+    house.db.put_layer(fresh)
+    return disk
 
 
 def _layer_files(house: House) -> dict[str, Path]:

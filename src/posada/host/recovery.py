@@ -20,8 +20,7 @@ from posada.host import creating, forking, snapshots
 from posada.host.files import remove_tree
 from posada.host.house import House, now
 from posada.host.layers import collect, sweep
-from posada.host.operations import OPEN
-from posada.host.process import NOBODY, alive, boot_id
+from posada.host.process import NOBODY, boot_id
 from posada.model.records import OperationRecord, OperationState, VmRecord
 from posada.model.states import LIVE, State
 
@@ -59,12 +58,12 @@ async def recover(house: House) -> RecoverReport:
     undone: list[str] = []
     problems: list[str] = []
     for op in house.db.open_operations():
-        if alive(op.owner):
+        if not house.operations.interrupted(op):
             continue
         words = f"{op.kind} of {op.target}"
         try:
             outcome = await recover_operation(house, op.id, timeout=5.0)
-        except PosadaError as error:
+        except (PosadaError, OSError) as error:
             log.warning("recovering the %s failed: %s", words, error)
             problems.append(f"{words}: {error}")
         else:
@@ -83,7 +82,7 @@ async def recover_operation(house: House, id: str, *, timeout: float = 30.0) -> 
         for uid in sorted(set(op.intent.get("vms", ()))):
             await stack.enter_async_context(house.locks.hold(uid, f"recover {op.kind}", timeout=timeout))
         op = house.db.operation(id)
-        if op is None or op.state not in OPEN or alive(op.owner):
+        if op is None or not house.operations.interrupted(op):
             return None
         done = await settle(house, op)
         state = OperationState.DONE if done else OperationState.FAILED
@@ -95,7 +94,10 @@ async def recover_operation(house: House, id: str, *, timeout: float = 30.0) -> 
 
 async def settle(house: House, op: OperationRecord) -> bool:
     """Leave all of a broken operation (True) or nothing of it (False). With the locks of its vms held."""
-    done = await _HANDLERS[op.kind](house, op)
+    handler = _HANDLERS.get(op.kind)
+    if handler is None:
+        raise StateError(f"operation {op.id} is a {op.kind}, of which this posada knows nothing", hint="upgrade posada")
+    done = await handler(house, op)
     for uid in op.intent["vms"]:
         vm = house.db.vm(uid)
         if vm is not None:
