@@ -173,7 +173,10 @@ def test_fork_and_clone(posada_cli: Posada) -> None:
     up(posada_cli, "a")
     assert posada_cli("fork", "a", "-n", "2").status == 0
     assert posada_cli("fork", "a", "--name", "x", "--name", "y").out == "x\ny\n"
-    assert len(states(posada_cli)) == 5
+    assert posada_cli("fork", "a", "v", "w").out == "v\nw\n"
+    assert len(posada_cli("fork", "a", "2").out.splitlines()) == 2
+    assert posada_cli("fork", "a", "0").status == 2
+    assert len(states(posada_cli)) == 9
     assert posada_cli("fork", "a", "-n", "3", "--name", "z").status == 2
     assert posada_cli("snapshot", "create", "a", "s").out == "s\n"
     assert posada_cli("fork", "a", "--snapshot", "s", "--name", "f").out == "f\n"

@@ -504,6 +504,23 @@ async def test_logs_followed_to_the_end() -> None:
         assert b"booted" in rest
 
 
+async def test_logs_have_the_newlines_of_text(paths: Paths) -> None:
+    async with api.run(IMAGE, engine="fake") as vm:
+        with paths.log(vm.uuid).open("ab") as log:
+            log.write(b"one\r\ntwo\r")
+            log.flush()
+            assert (await vm.logs()).endswith("one\ntwo\r")
+            seen = b""
+            async for piece in vm.follow_logs():
+                seen += piece
+                if seen.endswith(b"one\ntwo"):
+                    log.write(b"\nthree\r\n")
+                    log.flush()
+                if seen.endswith(b"three\n"):
+                    break
+            assert seen.endswith(b"one\ntwo\nthree\n")
+
+
 async def test_images() -> None:
     async with api.connect() as host:
         (image,) = await host.images.list()

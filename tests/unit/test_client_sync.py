@@ -506,6 +506,23 @@ def test_logs_followed_to_the_end() -> None:
         assert b"booted" in rest
 
 
+def test_logs_have_the_newlines_of_text(paths: Paths) -> None:
+    with api.run(IMAGE, engine="fake") as vm:
+        with paths.log(vm.uuid).open("ab") as log:
+            log.write(b"one\r\ntwo\r")
+            log.flush()
+            assert (vm.logs()).endswith("one\ntwo\r")
+            seen = b""
+            for piece in vm.follow_logs():
+                seen += piece
+                if seen.endswith(b"one\ntwo"):
+                    log.write(b"\nthree\r\n")
+                    log.flush()
+                if seen.endswith(b"three\n"):
+                    break
+            assert seen.endswith(b"one\ntwo\nthree\n")
+
+
 def test_images() -> None:
     with api.connect() as host:
         (image,) = host.images.list()

@@ -17,21 +17,29 @@ if TYPE_CHECKING:
 
 @click.command()
 @vm_argument
+@click.argument("forks", nargs=-1, metavar="[N | NAME...]")
 @click.option("-n", "--count", type=click.IntRange(1, 1000), default=1, show_default=True, help="How many.")
 @click.option("-s", "--snapshot", metavar="NAME", help="Fork this snapshot of it instead of the machine as it runs.")
-@click.option("--name", "names", multiple=True, metavar="NAME", help="Name of a fork. Repeatable: as many as forks.")
+@click.option("--name", "names", multiple=True, metavar="NAME", help="Name of a fork. Repeatable.")
 @formatted
 @hosted
-async def fork(host: Host, vm: str, count: int, snapshot: str | None, names: tuple[str, ...]) -> int:
+async def fork(host: Host, vm: str, forks: tuple[str, ...], count: int, snapshot: str | None, names: tuple[str, ...]) -> int:
     """Make new machines from a running one: memory shared, identity new. It goes on running.
 
     \b
-    posada fork web -n 8
-    posada fork web --snapshot base --name trial
+    posada fork web 8
+    posada fork web red green blue
+    posada fork web --snapshot base trial
     """
     from posada.cli.progress import Bar
     from posada.errors import ForkError
 
+    if len(forks) == 1 and forks[0].isdecimal():
+        count = int(forks[0])
+        if not 1 <= count <= 1000:
+            raise click.UsageError(f"{count} forks are not between 1 and 1000")
+    else:
+        names = (*forks, *names)
     if names:
         if count not in (1, len(names)):
             raise click.UsageError(f"{len(names)} names for {count} forks")

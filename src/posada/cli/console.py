@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import sys
 from typing import TYPE_CHECKING
 
 import click
@@ -81,10 +82,22 @@ async def logs(host: Host, vm: str, follow: bool, lines: int | None) -> None:
     from posada.cli import terminal
 
     found = await host.vms.get(vm)
-    text = await found.logs()
-    if lines is not None:
-        text = "".join(text.splitlines(keepends=True)[-lines:] if lines else [])
-    terminal.write(1, text.encode())
-    if follow:
-        async for data in found.follow_logs():
-            terminal.write(1, data)
+    shown = _harmless if sys.stdout.isatty() else bytes
+    if not follow:
+        terminal.write(1, shown(_last((await found.logs()).encode(), lines)))
+        return
+    first = True
+    async for data in found.follow_logs():
+        terminal.write(1, shown(_last(data, lines) if first else data))
+        first = False
+
+
+def _last(text: bytes, lines: int | None) -> bytes:
+    if lines is None:
+        return text
+    return b"".join(text.splitlines(keepends=True)[-lines:] if lines else [])
+
+
+def _harmless(text: bytes) -> bytes:
+    """For a terminal, which a guest must not drive: colours go, too."""
+    return b"\n".join(output.clean(line.decode(errors="replace").expandtabs()).encode() for line in text.split(b"\n"))

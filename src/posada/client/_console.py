@@ -61,16 +61,28 @@ class ConsoleStream:
             yield data
 
 
-def read_log(path: Path) -> tuple[bytes, int]:
-    """A console log, what was rotated away first; and how much of it is in the file itself."""
-    old, new = _from(path.with_name(path.name + ".1"), 0), _from(path, 0)
-    return old + new, len(new)
+def read_log(path: Path) -> bytes:
+    """A console log, what was rotated away first. Lines end as text's do, not as a serial line's."""
+    return (_from(path.with_name(path.name + ".1"), 0) + _from(path, 0)).replace(b"\r\n", b"\n")
 
 
-async def follow_log(machines: Machines, vm: str, start: int) -> AsyncIterator[bytes]:
-    """What is added to a console's log after its first ``start`` bytes, until the machine does not run any more."""
+async def follow_log(machines: Machines, vm: str) -> AsyncIterator[bytes]:
+    """A console's log, and what is added to it until the machine does not run any more. Lines end as text's do."""
+    held = b""
+    async for data in _follow(machines, vm):
+        data = held + data
+        held = data[-1:] if data.endswith(b"\r") else b""  # its newline may come with the next piece
+        yield data[: len(data) - len(held)].replace(b"\r\n", b"\n")
+    if held:
+        yield held
+
+
+async def _follow(machines: Machines, vm: str) -> AsyncIterator[bytes]:
     path = machines.log(vm)
-    inode, ended = _inode(path), asyncio.ensure_future(machines.wait(vm))
+    old, inode, data = _from(path.with_name(path.name + ".1"), 0), _inode(path), _from(path, 0)
+    if old or data:
+        yield old + data
+    start, ended = len(data), asyncio.ensure_future(machines.wait(vm))
     try:
         while True:
             last = ended.done()

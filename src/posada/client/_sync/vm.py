@@ -329,14 +329,11 @@ class VM:
 
     def logs(self) -> str:
         """What the console has said so far (its last MiB or two)."""
-        return read_log(self._rt.now(self._vms.log, self.uuid))[0].decode(errors="replace")
+        return read_log(self._rt.now(self._vms.log, self.uuid)).decode(errors="replace")
 
     def follow_logs(self) -> Iterator[bytes]:
         """What the console has said so far, then what it says, until the machine does not run any more."""
-        said, start = read_log(self._rt.now(self._vms.log, self.uuid))
-        if said:
-            yield said
-        for data in self._rt.iterate(follow_log(self._vms, self.uuid, start)):
+        for data in self._rt.iterate(follow_log(self._vms, self.uuid)):
             yield data
 
     def usage(self) -> Usage:
