@@ -184,7 +184,7 @@ print(vm.exec("echo", "ready").stdout, end="", flush=True)
 
 def run_script(rest: str, **options: object) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-X", "dev", "-c", SCRIPT.format(here=str(HERE), rest=rest)],
+        [sys.executable, "-W", "default", "-c", SCRIPT.format(here=str(HERE), rest=rest)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
