@@ -24,6 +24,7 @@ from posada.engine.qemu.files import reopen
 from posada.engine.qemu.machine import Machine
 from posada.engine.qemu.mirror import Mirror
 from posada.engine.qemu.qmp import Session
+from posada.engine.qemu.uncut import beside, in_thread, uncut
 from posada.errors import EngineError, PosadaError
 from posada.model.records import Running
 
@@ -40,15 +41,17 @@ class Source:
         self.machine, self.layout = machine, machine.layout
         self._session = session
         self.switch = Switch(session, self.layout, layers)
-        self._stack = contextlib.ExitStack()
-        size = self.layout.memory
-        self.memory = self._own(ram.create(size))
-        self.devices = self._own(os.memfd_create("posada-devices", os.MFD_CLOEXEC))
-        self._writer = self._own(reopen(self.devices, os.O_WRONLY))
-        self._fdset = -1
-        self._mirror = Mirror(machine.process.pid, self.memory, size)
-        self._stack.callback(self._mirror.close)
         self.pause = 0.0
+        self._fdset = -1
+        self._stack = contextlib.ExitStack()
+        with self._stack as stack:
+            size = self.layout.memory
+            self.memory = self._own(ram.create(size))
+            self.devices = self._own(os.memfd_create("posada-devices", os.MFD_CLOEXEC))
+            self._writer = self._own(reopen(self.devices, os.O_WRONLY))
+            self._mirror = Mirror(machine.process.pid, self.memory, size)
+            stack.callback(self._mirror.close)
+            self._stack = stack.pop_all()
 
     def _own(self, fd: int) -> int:
         self._stack.callback(os.close, fd)
@@ -64,7 +67,7 @@ class Source:
         """
         self._fdset = await self._session.add_fd(self._writer)
         try:
-            await asyncio.gather(self.switch.prepare(), asyncio.to_thread(self._mirror.prepare))
+            await beside(in_thread(self._mirror.prepare), self.switch.prepare())
         except BaseException:
             await self.switch.undo()
             raise
@@ -75,16 +78,11 @@ class Source:
         The machine runs again afterwards if it ran before, whatever happens. Raises EngineError, HostError;
         ``switch.switched`` tells whether the disks were switched.
         """
-        task = asyncio.ensure_future(self._freeze())
-        try:
-            await asyncio.shield(task)
-        except asyncio.CancelledError:
-            await asyncio.wait([task])
-            raise
+        await uncut(self._freeze())
 
     async def seal(self) -> None:
         """Fix the copy for good. Before anybody runs on it."""
-        await asyncio.to_thread(self._seal)
+        await in_thread(self._seal)
 
     async def _freeze(self) -> None:
         ran = bool((await self._session.execute("query-status"))["running"])
@@ -105,7 +103,7 @@ class Source:
     async def _save(self) -> None:
         before = await self._save_devices()
         for _ in range(_ROUNDS):
-            await asyncio.gather(asyncio.to_thread(self._mirror.copy), self.switch.commit())
+            await beside(in_thread(self._mirror.copy), self.switch.commit())
             after = await self._save_devices()
             if after == before:
                 return
@@ -145,7 +143,7 @@ async def capture(running: Running, target: Path, layers: Sequence[NewLayer]) ->
         await frozen.prepare()
         await frozen.freeze()
         await frozen.seal()
-        written = await asyncio.to_thread(_store, frozen, target)
+        written = await in_thread(_store, frozen, target)
         private = {"layout": msgspec.to_builtins(frozen.layout)}
         return Capture(pause=frozen.pause, memory_bytes=written, private=private)
 
@@ -167,16 +165,21 @@ async def switch(running: Running, layers: Sequence[NewLayer]) -> float:
     machine = Machine(running)
     async with machine.session() as session:
         change = Switch(session, machine.layout, layers)
-        await change.prepare()
-        ran = bool((await session.execute("query-status"))["running"])
-        began = time.monotonic()
         try:
-            await session.execute("stop")
-            await change.commit()
-        except PosadaError as error:
+            await change.prepare()
+            return await uncut(_switch(session, change))
+        except (PosadaError, OSError) as error:
             raise CaptureFailed(str(error), switched=change.switched) from error
-        finally:
-            if ran:
-                await asyncio.shield(session.execute("cont"))
-            await change.undo()
-        return time.monotonic() - began
+
+
+async def _switch(session: Session, change: Switch) -> float:
+    ran = bool((await session.execute("query-status"))["running"])
+    began = time.monotonic()
+    try:
+        await session.execute("stop")
+        await change.commit()
+    finally:
+        if ran:
+            await session.execute("cont")
+        await change.undo()
+    return time.monotonic() - began

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 from collections.abc import Sequence
 
@@ -12,8 +11,13 @@ from posada.engine.qemu import capture, ram
 from posada.engine.qemu.incoming import Newborn, check_host, load_all, open_all
 from posada.engine.qemu.layout import read_layout
 from posada.engine.qemu.probe import Facts
+from posada.engine.qemu.uncut import in_thread
 from posada.errors import EngineError
 from posada.model.records import Running
+
+
+async def _abandon(newborns: Sequence[Newborn]) -> None:
+    await asyncio.gather(*(newborn.abandon() for newborn in newborns), return_exceptions=True)
 
 
 async def fork(running: Running, children: Sequence[Launch], layers: Sequence[NewLayer], facts: Facts) -> Forked:
@@ -31,7 +35,7 @@ async def fork(running: Running, children: Sequence[Launch], layers: Sequence[Ne
                 opened = await opening
             outcomes = await load_all(newborns, opened, source.seal(), paused=False)
         except BaseException:
-            await asyncio.gather(*(n.abandon() for n in newborns), return_exceptions=True)
+            await _abandon(newborns)
             raise
         return Forked(children=tuple(outcomes), pause=source.pause)
 
@@ -47,12 +51,14 @@ async def restore(
     newborns = [Newborn(launch, layout, facts) for launch in launches]
     memory = ram.create(layout.memory)
     try:
-        load = asyncio.to_thread(ram.load, snapshot.path / capture.MEMORY, memory, layout.memory)
-        opened, _ = await asyncio.gather(open_all(newborns, memory, snapshot.path / capture.DEVICES), load)
-        return await load_all(newborns, opened, asyncio.to_thread(ram.seal, memory), paused=paused)
+        opening = asyncio.ensure_future(open_all(newborns, memory, snapshot.path / capture.DEVICES))
+        try:
+            await in_thread(ram.load, snapshot.path / capture.MEMORY, memory, layout.memory)
+        finally:
+            opened = await opening
+        return await load_all(newborns, opened, in_thread(ram.seal, memory), paused=paused)
     except BaseException:
-        with contextlib.suppress(Exception):
-            await asyncio.gather(*(n.abandon() for n in newborns))
+        await _abandon(newborns)
         raise
     finally:
         os.close(memory)

@@ -21,6 +21,7 @@ from posada.engine.qemu.files import Descriptors, reopen
 from posada.engine.qemu.layout import Layout
 from posada.engine.qemu.probe import Facts
 from posada.engine.qemu.spawn import Spawned, spawn
+from posada.engine.qemu.uncut import uncut
 from posada.errors import EngineError, EngineGone, Unsupported
 from posada.model.records import Running
 
@@ -139,7 +140,8 @@ async def load_all(
     try:
         results = await asyncio.gather(*(n.load(sealed, paused=paused) for n in alive), return_exceptions=True)
     finally:
-        await sealed
+        with contextlib.suppress(Exception):  # the loads have it
+            await uncut(sealed)
     loaded = iter(results)
     outcomes: list[Running | Exception] = []
     for error in opened:

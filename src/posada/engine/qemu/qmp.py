@@ -111,12 +111,13 @@ async def connect(path: Path, *, timeout: float = TIMEOUT) -> AsyncIterator[Sess
         sock.connect(address)  # a local socket with a free backlog: does not block
         sock.setblocking(False)
         await asyncio.wait_for(client.connect(sock), timeout)
-    except TimeoutError:
+    except BaseException as error:
         sock.close()
-        raise EngineGone(f"QEMU does not answer on its monitor within {timeout:g} s", hint=_HUNG) from None
-    except (QMPError, EOFError, OSError) as error:
-        sock.close()
-        raise EngineGone("QEMU's monitor cannot be reached", detail=str(error)) from None
+        if isinstance(error, TimeoutError):
+            raise EngineGone(f"QEMU does not answer on its monitor within {timeout:g} s", hint=_HUNG) from None
+        if isinstance(error, (QMPError, EOFError, OSError)):
+            raise EngineGone("QEMU's monitor cannot be reached", detail=str(error)) from None
+        raise
     finally:
         if directory is not None:
             os.close(directory)
