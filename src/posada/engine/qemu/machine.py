@@ -102,10 +102,11 @@ def new_cid() -> int:
 
 async def explain(spawned: Spawned, runtime: Path, error: EngineGone) -> EngineError:
     """``error``, or what QEMU itself said if it has ended."""
-    if not process.has_ended(spawned.process):
+    try:
+        await process.ended(spawned.process, 2)  # its sockets close some time before it has ended
+        await process.ended(spawned.keeper, 5)  # which writes the exit record
+    except TimeoutError:
         return error
-    with contextlib.suppress(TimeoutError):
-        await process.ended(spawned.keeper, 5)  # it writes the exit record
     record = process.read_exit(runtime)
     detail = (record.stderr.strip() or record.reason) if record else error.message
     return EngineError("QEMU ended at once", detail=detail[-2000:])
