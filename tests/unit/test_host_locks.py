@@ -128,3 +128,13 @@ async def test_a_cancelled_waiter_leaves_nothing(tmp_path: Path) -> None:
 async def _take(locks: Locks) -> None:
     async with locks.hold("vm", "waiting"):
         pass
+
+
+async def test_the_file_of_what_is_gone_goes_when_it_is_released(tmp_path: Path) -> None:
+    known = {"kept"}
+    locks = Locks(tmp_path, known.__contains__)
+    async with locks.hold("kept", "work"), locks.hold("deleted", "it waited for this"):
+        pass
+    with locks.attempt("deleted", "refresh") as held:
+        assert held
+    assert [path.name for path in tmp_path.iterdir()] == ["kept"]

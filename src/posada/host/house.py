@@ -21,7 +21,7 @@ import msgspec
 
 from posada.engine.base import Engine
 from posada.engine.registry import load
-from posada.errors import HostError, NotFound, StateError
+from posada.errors import HostError, NotFound, PosadaError, StateError
 from posada.host.db import Database
 from posada.host.events import Events
 from posada.host.files import write_atomic
@@ -51,7 +51,7 @@ class House:
     def __init__(self, paths: Paths) -> None:
         self.paths = paths
         self.db = Database(paths.database)
-        self.locks = Locks(paths.locks)
+        self.locks = Locks(paths.locks, self._exists)
         wakeups = Wakeups(paths.listeners)
         self.events = Events(self.db, wakeups)
         self.operations = Operations(self.db, self.events, wakeups, self._clean_up)
@@ -147,6 +147,13 @@ class House:
     def write_json(self, vm: VmRecord) -> None:
         plain = msgspec.structs.replace(vm, running=None)
         write_atomic(self.paths.vm_json(vm.uuid), msgspec.json.encode(plain))
+
+    def _exists(self, uuid: str) -> bool:
+        """Whether there is such a vm; when in doubt, yes."""
+        try:
+            return self.db.vm(uuid) is not None
+        except PosadaError:
+            return True
 
     def refresh(self, vm: VmRecord) -> VmRecord:
         """The record as it truly is: a vm whose process ended is stored as stopped or crashed. Never waits."""

@@ -10,7 +10,7 @@ import asyncio
 import fcntl
 import os
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 
@@ -21,10 +21,14 @@ DEFAULT_TIMEOUT = 30.0
 
 
 class Locks:
-    """The locks of one house. Not reentrant."""
+    """The locks of one house. Not reentrant.
 
-    def __init__(self, directory: Path) -> None:
-        self._directory = directory
+    ``known`` says whether there is something of that name. Who waited for the lock of what was deleted meanwhile has made
+    its file anew: a file that nothing belongs to goes when it is released.
+    """
+
+    def __init__(self, directory: Path, known: Callable[[str], bool] = lambda name: True) -> None:
+        self._directory, self._known = directory, known
         self._queues: dict[str, asyncio.Lock] = {}
 
     @asynccontextmanager
@@ -53,7 +57,7 @@ class Locks:
                     self.forget(name)
                 raise
             finally:
-                os.close(fd)
+                self._release(name, fd)
         finally:
             queue.release()
             if not queue.locked() and self._queues.get(name) is queue:
@@ -70,7 +74,14 @@ class Locks:
             yield fd is not None
         finally:
             if fd is not None:
-                os.close(fd)
+                self._release(name, fd)
+
+    def _release(self, name: str, fd: int) -> None:
+        try:
+            if not self._known(name):
+                self.forget(name)
+        finally:
+            os.close(fd)
 
     def forget(self, name: str) -> None:
         """Remove the lock's file, by its holder. Whoever waits on the old file notices and opens a new one."""
