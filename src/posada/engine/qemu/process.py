@@ -17,6 +17,8 @@ from posada.model.records import Process
 
 #: The exit record is written by the keeper, of bounded size; anything larger is not one.
 _RECORD_MAX = 64 << 10
+#: QEMU says this whenever a guest's balloon wants to punch a hole into sealed memory. It explains no end.
+_REFUSED_HOLE = "ram_block_discard_range: Failed to fallocate"
 
 
 def stat_fields(pid: int) -> list[bytes]:
@@ -137,6 +139,7 @@ def status_of(process: Process, runtime: Path) -> Status:
     if record is None:
         return Status(alive=False, ended="its process is gone, and no exit record was left", crashed=True)
     words = record.reason
-    if record.crashed and record.stderr.strip():
-        words += f": {record.stderr.strip().splitlines()[-1][:300]}"
+    said = [line for line in record.stderr.splitlines() if line.strip() and _REFUSED_HOLE not in line]
+    if record.crashed and said:
+        words += f": {said[-1].strip()[:300]}"
     return Status(alive=False, ended=words, crashed=record.crashed)
