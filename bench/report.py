@@ -16,7 +16,7 @@ from bench.series import Figure, percentile, written
 
 
 def machine() -> dict[str, str]:
-    """What the figures were taken on."""
+    """What the figures are taken on. To be asked before they are taken."""
     model = next(
         (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
         platform.processor(),
@@ -34,6 +34,7 @@ def machine() -> dict[str, str]:
         "python": platform.python_version(),
         "qemu": version.splitlines()[0],
         "posada": posada.__version__,
+        "load": f"{os.getloadavg()[0]:.1f}",
     }
 
 
@@ -45,7 +46,8 @@ def markdown(figures: Sequence[Figure], facts: dict[str, str], accelerator: str,
         "source's memory held, a count. Guests: Debian 12, 1 vCPU, 512 MiB. Peers ran on the same machine in the same run.",
         "",
         f"Taken {taken} with posada {facts['posada']} on {facts['processor']}, {facts['memory']}, {facts['system']};",
-        f"{facts['qemu']}; accelerator: {accelerator}; Python {facts['python']}.",
+        f"{facts['qemu']}; accelerator: {accelerator}; Python {facts['python']}. Load average before it began:",
+        f"{facts['load']}.",
         "",
         "| figure | reach | measured | min – p99 | runs | verdict | peers, same run |",
         "| --- | --- | --- | --- | --- | --- | --- |",
@@ -67,9 +69,9 @@ def markdown(figures: Sequence[Figure], facts: dict[str, str], accelerator: str,
     return "\n".join(lines) + "\n"
 
 
-def write(figures: Sequence[Figure], accelerator: str, docs: Path) -> None:
+def write(figures: Sequence[Figure], facts: dict[str, str], accelerator: str, docs: Path) -> None:
     """docs/BENCH.md and docs/bench.json."""
-    facts, taken = machine(), datetime.now(UTC).strftime("%Y-%m-%d")
+    taken = datetime.now(UTC).strftime("%Y-%m-%d")
     (docs / "BENCH.md").write_text(markdown(figures, facts, accelerator, taken))
     data = {
         "taken": taken, "machine": facts, "accelerator": accelerator,

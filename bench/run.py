@@ -81,6 +81,7 @@ def main() -> int:
         parser.error(f"unknown: {', '.join(sorted(wanted - set(GROUPS)))}")
     runs, cycles = (3, 5) if options.quick else (options.runs, options.cycles)
 
+    facts = report.machine()
     home = ROOT / ".cache/demo"  # shares the demo's image
     home.mkdir(parents=True, exist_ok=True)
     tag = hashlib.sha256(os.fsencode(home)).hexdigest()[:8]
@@ -101,7 +102,7 @@ def main() -> int:
     shutil.rmtree(runtime, ignore_errors=True)
     whole = wanted == set(GROUPS) and not options.quick and not options.no_write
     if whole:
-        report.write(figures, accelerator, ROOT / "docs")
+        report.write(figures, facts, accelerator, ROOT / "docs")
         print("written to docs/BENCH.md")
     for figure in figures:
         reach = f"(reach {figure.statistic} ≤ {written(figure.reach, figure.unit)})" if figure.reach is not None else ""
