@@ -37,9 +37,10 @@ bench:  ## measure, beside the peers that are installed, into docs/BENCH.md (BEN
 	@scripts/bootstrap
 	$(PY) bench/run.py $(BENCH_ARGS)
 
-docs:  ## regenerate what is generated (schema), then check links and paths
+docs:  ## regenerate what is generated: the sync API, its reference, the command line's, the schema
 	@scripts/bootstrap dev
-	$(PY) scripts/docs.py
+	$(PY) scripts/unasync.py
+	@for generator in scripts/gen_*.py; do echo $$generator; $(PY) $$generator || exit 1; done
 
 clean:  ## remove what make made, images included
 	rm -rf .venv $(CACHE) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache dist build
