@@ -34,6 +34,9 @@ TB_SIZE = 64
 #: ``panic=-1``: reboot at once, which ends QEMU, instead of hanging for ever.
 APPEND = "panic=-1"
 
+#: Those of disks are their slot times 256 and up.
+_STATE_FDSET = 1
+
 
 @dataclasses.dataclass(frozen=True)
 class Invocation:
@@ -41,6 +44,8 @@ class Invocation:
 
     argv: tuple[str, ...]
     fds: dict[str, int]
+    state_uri: str = ""
+    """Where a machine with ``incoming`` loads its devices from: the argument of migrate-incoming."""
 
 
 class _Builder:
@@ -64,11 +69,19 @@ def quote(text: str) -> str:
 
 
 def build(
-    launch: Launch, layout: Layout, *, binary: str, incoming: bool = False, cid: int = 0, tb_size: int = TB_SIZE
+    launch: Launch,
+    layout: Layout,
+    *,
+    binary: str,
+    incoming: bool = False,
+    file_uri: bool = False,
+    cid: int = 0,
+    tb_size: int = TB_SIZE,
 ) -> Invocation:
     """The command line that starts ``launch`` with the devices of ``layout``.
 
     ``incoming``: memory and devices come from a capture; the machine waits, stopped, for its state on fd ``state``.
+    ``file_uri``: QEMU reads state by ``file:`` URIs (8.2), and means to give up reading files by ``fd:`` (9.1).
     Raises EngineError when the launch's disks are not the layout's.
     """
     b = _Builder(binary)
@@ -84,12 +97,17 @@ def build(
         b.add("-device", f"vhost-vsock-pci,id=vsock,addr={SLOT_VSOCK:#x},guest-cid={cid},vhostfd={b.fd('vsock')}")
     _nics(b, launch, layout)
     _disks(b, launch, layout)
+    state_uri = ""
     if incoming:
-        b.fd("state")
+        state = b.fd("state")
+        state_uri = f"fd:{state}"
+        if file_uri:
+            b.add("-add-fd", f"fd={state},set={_STATE_FDSET}")
+            state_uri = f"file:/dev/fdset/{_STATE_FDSET}"
         # The stream holds devices only (xen-save-devices-state): no configuration section, no run state.
         b.add("-global", "migration.send-configuration=off", "-global", "migration.store-global-state=off")
         b.add("-S", "-incoming", "defer")
-    return Invocation(tuple(b.argv), b.fds)
+    return Invocation(tuple(b.argv), b.fds, state_uri)
 
 
 def _machine(b: _Builder, launch: Launch, layout: Layout, incoming: bool, tb_size: int) -> None:

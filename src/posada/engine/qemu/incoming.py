@@ -34,6 +34,9 @@ def check_host(layout: Layout, facts: Facts) -> None:
     if layout.accelerator == "kvm" and facts.accelerator != "kvm":
         hint = "restore it on a host with hardware virtualisation, or clone its disks"
         raise Unsupported("qemu", f"a machine that was saved under KVM, on a host without it ({facts.kvm})", hint=hint)
+    if machine.version_of(layout.machine) > machine.version_of(facts.machine):
+        hint = "install that QEMU, or clone its disks"
+        raise Unsupported("qemu", f"a machine that was saved by a newer QEMU ({layout.machine})", hint=hint)
     if layout.vsock and not facts.vsock:
         raise Unsupported("qemu", "a machine with vsock on a host without it", hint="modprobe vhost_vsock")
 
@@ -48,7 +51,7 @@ class Newborn:
         self._spawned: Spawned | None = None
         self._stack = contextlib.AsyncExitStack()
         self._session: qmp.Session | None = None
-        self._state = -1
+        self._state_uri = ""
 
     async def open(self, memory: int, state: int | Path) -> None:
         """Start QEMU on the memory file, its vcpus and devices waiting for ``state``. On failure nothing is left.
@@ -57,8 +60,16 @@ class Newborn:
         """
         try:
             ports.check_free(self.launch.spec.ports)
-            invocation = build(self.launch, self.layout, binary=self._facts.binary, incoming=True, cid=self._cid)
-            self._state = invocation.fds["state"]
+            facts = self._facts
+            invocation = build(
+                self.launch,
+                self.layout,
+                binary=facts.binary,
+                incoming=True,
+                file_uri=facts.file_uri,
+                cid=self._cid,
+            )
+            self._state_uri = invocation.state_uri
             with Descriptors() as files:
                 files.give("ram", reopen(memory, os.O_RDWR))
                 path = f"/proc/self/fd/{state}" if isinstance(state, int) else state
@@ -87,7 +98,7 @@ class Newborn:
             if written:
                 raise EngineError(f"QEMU wrote {written} bytes of guest memory before it was given any")
             await session.execute("migrate-set-capabilities", capabilities=[{"capability": "events", "state": True}])
-            await session.execute("migrate-incoming", uri=f"fd:{self._state}")
+            await session.execute("migrate-incoming", uri=self._state_uri)
             await self._loaded(session)
             await asyncio.shield(sealed)
             if not paused:

@@ -95,6 +95,11 @@ def layout_for(launch: Launch, facts: Facts) -> Layout:
     )
 
 
+def version_of(machine: str) -> tuple[int, ...]:
+    """(7, 2) of ``pc-i440fx-7.2``. Newer QEMUs know the machine types of older ones, not the other way round."""
+    return tuple(int(part) for part in machine.rpartition("-")[2].split(".") if part.isdigit())
+
+
 def new_cid() -> int:
     """A guest's vsock address: 32 bits, 0–2 and all ones reserved. A collision is refused by the kernel at start."""
     return secrets.randbelow((1 << 32) - 16) + 3

@@ -41,6 +41,12 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True):
     vsock: bool = False
 
     @property
+    def file_uri(self) -> bool:
+        """It reads migration streams from files by name (8.2)."""
+        major, minor = self.version.split(".")[:2]
+        return (int(major), int(minor)) >= (8, 2)
+
+    @property
     def machine(self) -> str:
         """The versioned machine type: what a snapshot taken here needs elsewhere."""
         return "pc-i440fx-" + ".".join(self.version.split(".")[:2])

@@ -139,7 +139,8 @@ def status_of(process: Process, runtime: Path) -> Status:
     if record is None:
         return Status(alive=False, ended="its process is gone, and no exit record was left", crashed=True)
     words = record.reason
-    said = [line for line in record.stderr.splitlines() if line.strip() and _REFUSED_HOLE not in line]
-    if record.crashed and said:
+    noise = (_REFUSED_HOLE, "warning:")
+    said = [line for line in record.stderr.splitlines() if line.strip() and not any(word in line for word in noise)]
+    if record.crashed and record.code and said:
         words += f": {said[-1].strip()[:300]}"
     return Status(alive=False, ended=words, crashed=record.crashed)
