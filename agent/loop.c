@@ -6,6 +6,7 @@
 #include <stddef.h>
 #include <stdlib.h>
 #include <sys/signalfd.h>
+#include <sys/syscall.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -147,10 +148,22 @@ void loop_forked(void)
 	watch_set(&signal_watch, EPOLLIN);
 }
 
+/* What the starter ignored would stay ignored in every program. By system call: libc keeps 32 to 34 for itself. */
+static void heed_signals(void)
+{
+	for (int signo = 1; signo < 65; signo++) {
+		unsigned long action[4] = {0}; /* the kernel's struct sigaction: handler, flags, restorer, mask */
+		if (syscall(SYS_rt_sigaction, signo, NULL, action, sizeof action[3]) || action[0] != (unsigned long)SIG_IGN)
+			continue;
+		action[0] = (unsigned long)SIG_DFL;
+		syscall(SYS_rt_sigaction, signo, action, NULL, sizeof action[3]);
+	}
+}
+
 void loop_init(void)
 {
 	sigset_t set = wanted_signals();
-	signal(SIGPIPE, SIG_DFL);
+	heed_signals();
 	epoll_fd = epoll_create1(EPOLL_CLOEXEC);
 	/* SIGPIPE is blocked rather than ignored: an ignored signal would be inherited by what is executed. */
 	sigaddset(&set, SIGPIPE);

@@ -5,6 +5,7 @@ What it does for a client that behaves is in test_guest_real_agent.py.
 
 from __future__ import annotations
 
+import ctypes
 import io
 import os
 import random
@@ -33,6 +34,7 @@ from posada.proto.frames import FrameType, cbor_frame, frame
 ROOT = Path(__file__).parents[2]
 AGENT = ROOT / "agent"
 ARCH = os.uname().machine
+RT_SIGACTION = {"x86_64": 13, "aarch64": 134}[ARCH]
 TESTS = ("test_cbor", "test_frame", "test_tar", "fuzz")
 
 
@@ -220,9 +222,16 @@ class Agent:
 
 
 @contextmanager
-def running(binary: Path, directory: Path, *options: str) -> Iterator[Agent]:
+def running(binary: Path, directory: Path, *options: str, ignored: tuple[int, ...] = ()) -> Iterator[Agent]:
+    """``ignored``: signals that its starter ignores."""
     path = directory / "socket"
-    process = subprocess.Popen([binary, "--listen", path, *options])
+
+    def ignore() -> None:
+        for number in ignored:
+            libc.syscall(ctypes.c_long(RT_SIGACTION), ctypes.c_long(number), action, None, ctypes.c_long(8))
+
+    libc, action = ctypes.CDLL(None), struct.pack("4Q", signal.SIG_IGN, 0, 0, 0)
+    process = subprocess.Popen([binary, "--listen", path, *options], preexec_fn=ignore if ignored else None)
     agent = Agent(process, path)
     try:
         wait_for(path.exists)
@@ -450,6 +459,16 @@ class TestExec:
         wire.send(cbor_frame(1, FrameType.CLOSE, {}))
         assert wire.closed(1) == {}
         wait_for(lambda: not alive(pid))
+
+    def test_what_the_starter_ignored_is_not_ignored(self, binary: Path, tmp_path: Path) -> None:
+        """Not even the signals that libc keeps for itself (32 to 34)."""
+        ignored = (signal.SIGHUP, signal.SIGINT, signal.SIGPIPE, 32, 33, 34, 64)
+        with running(binary, tmp_path, ignored=ignored) as agent:
+            of_agent = Path(f"/proc/{agent.process.pid}/status").read_text()
+            wire = agent.connect()
+            wire.open(1, "exec", argv=["grep", "SigIgn", "/proc/self/status"], stdin=False)
+            assert wire.until(1, FrameType.DATA).split() == [b"SigIgn:", b"0" * 16]
+            assert f"SigIgn:\t{'0' * 16}" in of_agent
 
     def test_nothing_leaks_into_the_program(self, agent: Agent) -> None:
         wire = agent.connect()
