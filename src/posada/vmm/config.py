@@ -1,0 +1,208 @@
+"""What the engine hands the monitor at start: a plain document with descriptors (ints) in place of paths.
+
+The engine builds a `MonitorConfig` and sends ``to_dict()`` as CBOR; the monitor reads it with ``from_dict()``, which
+checks types and bounds. The monitor opens nothing by path, so every file and socket is a descriptor here.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from posada.vmm import state
+from posada.vmm.memory import MAX_SIZE, PAGE
+
+MAX_CPUS = 64
+MAX_DISKS = 16
+MAX_NICS = 8
+MAX_FD = 1 << 20
+FORMATS = ("raw", "qcow2")
+
+
+class NicKind(enum.Enum):
+    """What a NIC's descriptor is: passt's stream socket, a tap device, or nothing (link down)."""
+
+    PASST = "passt"
+    TAP = "tap"
+    NONE = "none"
+
+
+@dataclass(frozen=True, slots=True)
+class DiskConfig:
+    """``chain``: (descriptor, format) lowest first, as `posada.engine.base.DiskFile`; the last is written to."""
+
+    name: str
+    size: int
+    chain: tuple[tuple[int, str], ...]
+    readonly: bool = False
+
+    @classmethod
+    def from_dict(cls, d: state.Document) -> DiskConfig:
+        chain = []
+        for link in state.items(d, "chain", 64):
+            if not isinstance(link, list | tuple) or len(link) != 2:
+                raise state.StateError("'chain' holds something else than pairs of descriptor and format")
+            fields = {"fd": link[0], "format": link[1]}
+            chain.append((state.integer(fields, "fd", 0, MAX_FD), state.choice(fields, "format", FORMATS)))
+        if not chain:
+            raise state.StateError("'chain' is empty")
+        return cls(
+            name=state.text(d, "name", 64),
+            size=state.integer(d, "size", 0, 1 << 62),
+            chain=tuple(chain),
+            readonly=state.boolean(d, "readonly", False),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class NicConfig:
+    mac: str
+    kind: NicKind
+    fd: int = -1
+
+    @classmethod
+    def from_dict(cls, d: state.Document) -> NicConfig:
+        kind = NicKind(state.choice(d, "kind", tuple(k.value for k in NicKind)))
+        mac = state.text(d, "mac", 17)
+        try:
+            if len(bytes.fromhex(mac.replace(":", ""))) != 6:
+                raise ValueError
+        except ValueError:
+            raise state.StateError(f"'mac' is not a MAC address: {mac!r}") from None
+        return cls(mac, kind, state.integer(d, "fd", -1 if kind is NicKind.NONE else 0, MAX_FD, -1))
+
+
+@dataclass(frozen=True, slots=True)
+class VsockConfig:
+    """``listeners``: (guest port, listening unix socket): each connection there becomes a stream to that port.
+
+    ``connect`` is a listening socket that speaks Firecracker's ``CONNECT port`` convention, or -1.
+    """
+
+    cid: int
+    listeners: tuple[tuple[int, int], ...] = ()
+    connect: int = -1
+
+    @classmethod
+    def from_dict(cls, d: state.Document) -> VsockConfig:
+        listeners = []
+        for pair in state.items(d, "listeners", 64):
+            if not isinstance(pair, list | tuple) or len(pair) != 2:
+                raise state.StateError("'listeners' holds something else than pairs of port and descriptor")
+            fields = {"port": pair[0], "fd": pair[1]}
+            listeners.append((state.integer(fields, "port", 0, 0xFFFF_FFFF), state.integer(fields, "fd", 0, MAX_FD)))
+        return cls(
+            cid=state.integer(d, "cid", 3, 0xFFFF_FFFE),
+            listeners=tuple(listeners),
+            connect=state.integer(d, "connect", -1, MAX_FD, -1),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class ConsoleConfig:
+    """``listener``: socket whose clients see the serial port. ``log``, ``log_old``: open files, the log rotates once."""
+
+    listener: int = -1
+    log: int = -1
+    log_old: int = -1
+
+    @classmethod
+    def from_dict(cls, d: state.Document) -> ConsoleConfig:
+        return cls(*(state.integer(d, name, -1, MAX_FD, -1) for name in ("listener", "log", "log_old")))
+
+
+@dataclass(frozen=True, slots=True)
+class OwnerConfig:
+    """The machine ends with this process. ``start`` is its start time (field 22 of /proc/PID/stat)."""
+
+    pid: int
+    start: int
+
+    @classmethod
+    def from_dict(cls, d: state.Document) -> OwnerConfig:
+        return cls(state.integer(d, "pid", 1, 1 << 30), state.integer(d, "start", 0, 1 << 62))
+
+
+@dataclass(frozen=True, slots=True)
+class JailConfig:
+    """How the monitor locks itself in, once everything is set up. ``uid``, ``gid`` -1: stay who it is."""
+
+    uid: int = -1
+    gid: int = -1
+    root: int = -1
+    """Descriptor of an empty directory to chroot to, or -1."""
+    seccomp: bool = True
+
+    @classmethod
+    def from_dict(cls, d: state.Document) -> JailConfig:
+        return cls(
+            uid=state.integer(d, "uid", -1, 0xFFFF_FFFE, -1),
+            gid=state.integer(d, "gid", -1, 0xFFFF_FFFE, -1),
+            root=state.integer(d, "root", -1, MAX_FD, -1),
+            seccomp=state.boolean(d, "seccomp", True),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MonitorConfig:
+    """One machine. Descriptors are -1 where there is none; sizes in bytes; ``deadline`` in seconds or 0 for none."""
+
+    uuid: str
+    name: str
+    cpus: int
+    memory: int
+    kvm: int
+    control: int = -1
+    exit: int = -1
+    kernel: int = -1
+    """-1 only for a machine that is restored or forked."""
+    initrd: int = -1
+    append: str = ""
+    hugepages: bool = False
+    generation_id: str = ""
+    disks: tuple[DiskConfig, ...] = ()
+    nics: tuple[NicConfig, ...] = ()
+    vsock: VsockConfig | None = None
+    console: ConsoleConfig = field(default_factory=ConsoleConfig)
+    owner: OwnerConfig | None = None
+    deadline: float = 0
+    jail: JailConfig = field(default_factory=JailConfig)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, ready for CBOR."""
+        document = asdict(self)
+        for disk in document["disks"]:
+            disk["chain"] = [list(link) for link in disk["chain"]]
+        for nic in document["nics"]:
+            nic["kind"] = nic["kind"].value
+        if document["vsock"] is not None:
+            document["vsock"]["listeners"] = [list(pair) for pair in document["vsock"]["listeners"]]
+        document["disks"], document["nics"] = list(document["disks"]), list(document["nics"])
+        return document
+
+    @classmethod
+    def from_dict(cls, d: state.Document) -> MonitorConfig:
+        """Raises StateError, naming the key that is wrong."""
+        descriptors = {name: state.integer(d, name, -1, MAX_FD, -1) for name in ("control", "exit", "kernel", "initrd")}
+        memory = state.integer(d, "memory", 1 << 20, MAX_SIZE)
+        if memory % PAGE:
+            raise state.StateError("'memory' is not a whole number of pages")
+        return cls(
+            uuid=state.text(d, "uuid", 36),
+            name=state.text(d, "name", 256),
+            cpus=state.integer(d, "cpus", 1, MAX_CPUS),
+            memory=memory,
+            kvm=state.integer(d, "kvm", 0, MAX_FD),
+            **descriptors,
+            append=state.text(d, "append", 1 << 16, ""),
+            hugepages=state.boolean(d, "hugepages", False),
+            generation_id=state.text(d, "generation_id", 36, ""),
+            disks=tuple(map(DiskConfig.from_dict, state.children(d, "disks", MAX_DISKS))),
+            nics=tuple(map(NicConfig.from_dict, state.children(d, "nics", MAX_NICS))),
+            vsock=VsockConfig.from_dict(state.child(d, "vsock")) if d.get("vsock") is not None else None,
+            console=ConsoleConfig.from_dict(state.child(d, "console")),
+            owner=OwnerConfig.from_dict(state.child(d, "owner")) if d.get("owner") is not None else None,
+            deadline=state.number(d, "deadline", 0, 1e9, 0),
+            jail=JailConfig.from_dict(state.child(d, "jail")),
+        )
