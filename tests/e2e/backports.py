@@ -1,0 +1,57 @@
+"""A QEMU of a later Debian beside the system's: fetched from backports with apt's own means, unpacked, never installed."""
+
+from __future__ import annotations
+
+import platform
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from posada.images import sources
+
+PACKAGES = ("qemu-system-x86", "qemu-system-common", "qemu-system-data", "seabios")
+
+
+def newer_qemu(cache: Path) -> Path:
+    """The program, from ``cache`` or fetched into it. Skips, with the reason, where Debian 12's backports cannot serve."""
+    release = platform.freedesktop_os_release()
+    if (release.get("ID"), release.get("VERSION_CODENAME")) != ("debian", "bookworm"):
+        pytest.skip(f"{release.get('PRETTY_NAME')}: a QEMU built for Debian 12 is not for it")
+    program = cache / "root/usr/bin/qemu-system-x86_64"
+    if not (cache / "complete").exists():
+        _fetch(cache)
+        (cache / "complete").touch()
+    return program
+
+
+def _fetch(cache: Path) -> None:
+    """A private apt: its own lists and sources, the machine's mirror, keys and proxies. No root, no change to the system."""
+    configured = sources.sources_for("bookworm", sources.read_sources())
+    main = next(s for s in configured if s.suite == "bookworm")
+    for folder in ("lists/partial", "archives/partial", "root"):
+        (cache / folder).mkdir(parents=True, exist_ok=True)
+    lines = [sources.Source(main.uri, s, ("main",), str(sources.KEYRING)) for s in ("bookworm", "bookworm-backports")]
+    (cache / "sources.list").write_text(sources.to_one_line(lines))
+    options = {
+        "Dir::Etc::SourceList": cache / "sources.list",
+        "Dir::Etc::SourceParts": "/dev/null",
+        "Dir::State::Lists": cache / "lists",
+        "Dir::Cache::Archives": cache / "archives",
+        "Dir::Cache::PkgCache": "",
+        "Dir::Cache::SrcPkgCache": "",
+        "APT::Sandbox::User": "",
+        "Acquire::Languages": "none",
+    }
+    apt = ["apt-get", "-qq", *(f"-o{key}={value}" for key, value in options.items())]
+    _call([*apt, "update"], cache)
+    _call([*apt, "download", *(f"{package}/bookworm-backports" for package in PACKAGES)], cache / "archives")
+    for archive in (cache / "archives").glob("*.deb"):
+        _call(["dpkg-deb", "-x", str(archive), str(cache / "root")], cache)
+        archive.unlink()
+
+
+def _call(command: list[str], folder: Path) -> None:
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, f"{command[0]} failed: {re.sub(chr(10) + '+', '; ', done.stderr.strip())[-800:]}"
