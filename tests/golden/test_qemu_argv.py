@@ -66,7 +66,12 @@ def bare() -> Invocation:
     return build(machine, layout(nics=0, agent=False), binary="qemu")
 
 
-CASES = [direct, kvm_bios_without_agent, child_of_a_machine_with_a_gap, bare]
+def nested() -> Invocation:
+    """A machine that may have guests; `direct` and its kin may not."""
+    return build(launch(ROOT, kernel=Path("/i/vmlinux")), layout("root", nested=True), binary="qemu")
+
+
+CASES = [direct, nested, kvm_bios_without_agent, child_of_a_machine_with_a_gap, bare]
 
 
 def render(invocation: Invocation) -> str:

@@ -52,6 +52,7 @@ def test_a_full_bus_is_refused() -> None:
         {"disks": [["root", 10], ["data", 10]]},
         {"disks": [["root", 10], ["root", 11]]},
         {"disks": [["a,b", 10]]},
+        {"nested": "yes"},
         {"surprise": 1},
         {"cpus": "many"},
     ],
@@ -60,6 +61,12 @@ def test_a_full_bus_is_refused() -> None:
 def test_a_damaged_or_hostile_layout_is_refused(changes: dict[str, object]) -> None:
     with pytest.raises(EngineError, match="damaged"):
         read_layout(private(**changes))
+
+
+def test_a_layout_from_before_nesting_is_one_without() -> None:
+    stored = msgspec.to_builtins(sample("root"))
+    del stored["nested"]
+    assert read_layout({"layout": stored}) == sample("root")
 
 
 def test_a_missing_layout_is_refused() -> None:

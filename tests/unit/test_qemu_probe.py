@@ -14,7 +14,8 @@ import pytest
 
 from posada.engine.qemu import ports, probe, process
 from posada.engine.qemu.engine import QemuEngine
-from posada.errors import HostError, Timeout
+from posada.errors import HostError, Timeout, Unsupported
+from posada.host.launch import check_spec
 from posada.model.capabilities import Feature
 from posada.model.machine import make_spec
 from posada.model.records import Process
@@ -32,7 +33,7 @@ def fake_qemu(folder: Path, text: str) -> Path:
 def qemu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     path = fake_qemu(tmp_path, "echo 'QEMU emulator version 9.1.2 (Debian 1:9.1)'")
     monkeypatch.setenv("POSADA_QEMU", str(path))
-    monkeypatch.setattr(probe, "kvm_rate", lambda: (2e6, "too slow"))
+    monkeypatch.setattr(probe, "kvm_rate", lambda: (2e6, False, "too slow"))
     return path
 
 
@@ -93,7 +94,7 @@ def test_kvm_is_taken_only_where_it_is_fast_and_qemu_can_use_it(
 ) -> None:
     path = fake_qemu(tmp_path, 'case "$1" in --version) echo "QEMU emulator version 8.2.0";; *) echo no MSR >&2; exit 1;; esac')
     monkeypatch.setenv("POSADA_QEMU", str(path))
-    monkeypatch.setattr(probe, "kvm_rate", lambda: (3e9, "hardware runs it"))
+    monkeypatch.setattr(probe, "kvm_rate", lambda: (3e9, True, "hardware runs it"))
     found = probe.facts(tmp_path / "run")
     assert (found.accelerator, found.kvm) == ("tcg", "hardware runs it, but QEMU cannot use it: no MSR")
     path.write_text("#!/bin/sh\necho QEMU emulator version 8.2.1\n")
@@ -101,12 +102,52 @@ def test_kvm_is_taken_only_where_it_is_fast_and_qemu_can_use_it(
 
 
 def test_the_measurement_itself_says_something_of_this_host() -> None:
-    rate, words = probe.kvm_rate()
+    rate, useful, words = probe.kvm_rate()
     if not os.path.exists("/dev/kvm"):
-        assert (rate, words) == (0, "there is no /dev/kvm")
+        assert (rate, useful, words) == (0, False, "there is no /dev/kvm")
     else:
         assert "/dev/kvm" in words
         assert rate == 0 or rate > 1e4
+
+
+@pytest.mark.parametrize(
+    ("said", "useful"),
+    [
+        ("rate 3000000000 3000000000", True),
+        ("rate 3000000000 0", True),  # nothing to compare with
+        ("rate 2000000 7900000000", False),  # the host's kernel emulates
+        ("rate 39000000 45000000", True),  # hardware, of a machine that is emulated itself
+        ("rate 2000000 0", False),
+        ("error no", False),
+    ],
+)
+def test_what_hardware_runs_keeps_step_with_the_host(monkeypatch: pytest.MonkeyPatch, said: str, useful: bool) -> None:
+    monkeypatch.setattr(os.path, "exists", lambda path: True)
+    monkeypatch.setattr(
+        subprocess, "run", lambda *_, **__: subprocess.CompletedProcess([], 0, stdout=f"{said}\n", stderr="")
+    )
+    assert probe.kvm_rate()[1] is useful
+
+
+@pytest.mark.parametrize(
+    ("module", "said", "nests"), [("kvm_amd", "1", True), ("kvm_intel", "Y", True), ("kvm_intel", "N", False)]
+)
+def test_whether_kvm_guests_may_have_guests(tmp_path: Path, module: str, said: str, nests: bool) -> None:
+    assert probe.kvm_nests(tmp_path) is False
+    (tmp_path / module / "parameters").mkdir(parents=True)
+    (tmp_path / module / "parameters/nested").write_text(f"{said}\n")
+    assert probe.kvm_nests(tmp_path) is nests
+
+
+def test_a_host_whose_kvm_does_not_nest_says_so(qemu: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    qemu.write_text("#!/bin/sh\necho QEMU emulator version 9.1.3\n")
+    assert QemuEngine(tmp_path / "tcg").capabilities().has(Feature.NESTED)
+    monkeypatch.setattr(probe, "kvm_rate", lambda: (3e9, True, "hardware runs it"))
+    monkeypatch.setattr(probe, "kvm_nests", lambda: False)
+    can = QemuEngine(tmp_path / "kvm").capabilities()
+    assert can.accelerator == "kvm"
+    with pytest.raises(Unsupported, match="nested virtualisation .*does not pass it on"):
+        check_spec(make_spec(image="debian:12", nested=True), can)
 
 
 def test_every_feature_has_a_verdict(qemu: Path, tmp_path: Path) -> None:

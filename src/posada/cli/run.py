@@ -28,6 +28,7 @@ def spec_options(function: F) -> F:
             click.option("--name", help="Its name; made up when left out."),
             click.option("--cpus", type=int, metavar="N", help="Virtual processors (default: 1)."),
             click.option("-m", "--memory", metavar="SIZE", help="Memory, like 1GiB (default: 512MiB)."),
+            click.option("--nested", is_flag=True, help="Let it run machines of its own."),
             click.option("--disk", "disks", multiple=True, metavar="[NAME=]SIZE",
                          help="Size of the root disk, or with a name an empty disk more. Repeatable."),
             click.option("-p", "--port", "ports", multiple=True, metavar="[[ADDRESS:]HOST:]GUEST[/udp]",
@@ -61,6 +62,8 @@ def read_spec(options: Mapping[str, Any], image: str | None) -> MachineSpec:
         fields["labels"] = {**base.get("labels", {}), **options["labels"]}
     if options["append"]:
         fields["boot"] = {**base.get("boot", {}), "append": options["append"]}
+    if options["nested"]:
+        fields["nested"] = True
     if options["no_network"]:
         fields["nics"] = []
     disks = [dict(disk) for disk in base.get("disks", [])]

@@ -74,6 +74,7 @@ FIELDS: dict[str, tuple[str, str]] = {
     "arch": ("x86_64, aarch64", "of the guest"),
     "cpus": ("1-255", "virtual processors"),
     "memory": ("size", "such as 512MiB or 2GiB"),
+    "nested": ("true, false", "the guest may run guests of its own: it is shown svm or vmx"),
     "firmware": ("direct, bios, uefi", "how it boots; direct starts the image's kernel"),
     "boot.kernel": ("path", "a kernel of this host instead of the image's"),
     "boot.initrd": ("path", "and its initial RAM disk"),

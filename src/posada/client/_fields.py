@@ -22,6 +22,8 @@ class SpecFields(TypedDict, total=False):
     cpus: int
     memory: int | str
     """Bytes, or text such as ``"1GiB"``."""
+    nested: bool
+    """The guest may run guests: it is shown a processor with svm or vmx."""
     disk: int | str
     """Size of the root disk; at least the image's. Shorthand for ``disks=[DiskSpec(size=…)]``."""
     disks: Sequence[DiskSpec | Mapping[str, Any]]

@@ -30,6 +30,8 @@ def check_spec(spec: MachineSpec, can: Capabilities) -> None:
         can.require(Feature.AARCH64)
     if spec.cloud_init is not None:
         can.require(Feature.CLOUD_INIT)
+    if spec.nested:
+        can.require(Feature.NESTED)
     if spec.nics:
         can.require(Feature.USER_NETWORK)
     if spec.ports:

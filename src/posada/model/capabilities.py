@@ -28,6 +28,7 @@ class Feature(str, enum.Enum):
     ATTACH_DISK = "attaching disks to a running machine"
     BALLOON = "memory balloon"
     RESIZE_LIVE = "resizing a running machine"
+    NESTED = "nested virtualisation"
     AARCH64 = "aarch64 guests"
 
     def __str__(self) -> str:

@@ -96,6 +96,8 @@ class MachineSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     arch: Literal["x86_64", "aarch64"] = "x86_64"
     cpus: int = 1
     memory: int = 512 * MIB
+    nested: bool = False
+    """The guest may run guests: it is shown a processor with svm or vmx."""
     firmware: Literal["direct", "bios", "uefi"] = "direct"
     boot: DirectKernel = DirectKernel()
     disks: tuple[DiskSpec, ...] = ()

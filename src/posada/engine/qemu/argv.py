@@ -114,10 +114,12 @@ def _machine(b: _Builder, launch: Launch, layout: Layout, incoming: bool, tb_siz
     # suppress-vmdesc: without it a JSON description follows the device state, and the reader of a bare stream rejects it.
     b.add("-name", quote(f"posada-{launch.name}"), "-uuid", launch.uuid)
     b.add("-M", f"{layout.machine},memory-backend=ram,suppress-vmdesc=on,vmport=off,usb=off,dump-guest-core=off")
+    # Both models have what the accelerator can give, so guests are kept from it unless they are to have guests.
+    hidden = "" if layout.nested else ",svm=off,vmx=off"
     if layout.accelerator == "kvm":
-        b.add("-accel", "kvm", "-cpu", "host")
+        b.add("-accel", "kvm", "-cpu", f"host{hidden}")
     else:
-        b.add("-accel", f"tcg,tb-size={tb_size}", "-cpu", "max")
+        b.add("-accel", f"tcg,tb-size={tb_size}", "-cpu", f"max{hidden}")
     b.add("-smp", str(layout.cpus), "-m", str(layout.memory // MIB))
     # Booted machines share their memory file, so that a capture can copy it; children map a sealed copy privately.
     share = "off" if incoming else "on"

@@ -54,6 +54,9 @@ class QemuEngine:
             Feature.CLOUD_INIT: Verdict(False, hint="set the guest up through exec"),
             Feature.AARCH64: Verdict(False, hint="use arch: x86_64"),
         }
+        if not facts.nested:
+            hint = "load kvm_amd or kvm_intel with nested=1"
+            denied[Feature.NESTED] = Verdict(False, "this host's KVM does not pass it on", hint=hint)
         return Capabilities(
             engine=NAME,
             accelerator=facts.accelerator,

@@ -37,6 +37,9 @@ def check_host(layout: Layout, facts: Facts) -> None:
     if machine.version_of(layout.machine) > machine.version_of(facts.machine):
         hint = "install that QEMU, or clone its disks"
         raise Unsupported("qemu", f"a machine that was saved by a newer QEMU ({layout.machine})", hint=hint)
+    if layout.nested and not facts.nested:
+        hint = "load kvm_amd or kvm_intel with nested=1"
+        raise Unsupported("qemu", "a machine with nested virtualisation on a host without it", hint=hint)
     if layout.vsock and not facts.vsock:
         raise Unsupported("qemu", "a machine with vsock on a host without it", hint="modprobe vhost_vsock")
 

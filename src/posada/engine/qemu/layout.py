@@ -43,6 +43,7 @@ class Layout(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     nics: int = 0
     vsock: bool = False
     agent: bool = False
+    nested: bool = False
     disks: tuple[DiskSlot, ...] = ()
 
     def slot(self, disk: str) -> int:
@@ -66,13 +67,29 @@ class Layout(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
 
 def new_layout(
-    *, machine: str, accelerator: str, cpus: int, memory: int, nics: int, vsock: bool, agent: bool, disks: Sequence[str]
+    *,
+    machine: str,
+    accelerator: str,
+    cpus: int,
+    memory: int,
+    nics: int,
+    vsock: bool,
+    agent: bool,
+    nested: bool = False,
+    disks: Sequence[str],
 ) -> Layout:
     """The layout of a machine at power-on. Raises Unsupported when it has too many NICs or disks."""
     if nics > len(NIC_SLOTS):
         raise Unsupported("qemu", f"more than {len(NIC_SLOTS)} network interfaces", hint="drop some from nics")
     layout = Layout(
-        machine=machine, accelerator=accelerator, cpus=cpus, memory=memory, nics=nics, vsock=vsock, agent=agent
+        machine=machine,
+        accelerator=accelerator,
+        cpus=cpus,
+        memory=memory,
+        nics=nics,
+        vsock=vsock,
+        agent=agent,
+        nested=nested,
     )
     for name in disks:
         layout = layout.with_disk(name)

@@ -91,6 +91,7 @@ def layout_for(launch: Launch, facts: Facts) -> Layout:
         nics=len(spec.nics),
         vsock=facts.vsock,
         agent=launch.agent,
+        nested=spec.nested,
         disks=[d.name for d in launch.disks],
     )
 

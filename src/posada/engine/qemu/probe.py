@@ -19,8 +19,10 @@ import msgspec
 from posada.errors import HostError
 
 BINARY = "qemu-system-x86_64"
-#: Instructions per second at ring 0. Hardware does thousands of millions; emulating kernels two.
+#: Instructions per second at ring 0. Hardware does thousands of millions; kernels that emulate it two.
 USEFUL_RATE = 50e6
+#: Slower than that, hardware still runs it if it keeps step with the host's own code: the host is an emulated machine.
+USEFUL_SHARE = 0.2
 MIN_VERSION = (7, 2)
 _CACHE = "qemu-probe.json"
 
@@ -39,6 +41,8 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True):
     kvm_rate: float = 0.0
     """Instructions per second at ring 0; 0 if not measured."""
     vsock: bool = False
+    nested: bool = False
+    """Guests can be given svm or vmx: TCG emulates svm, KVM passes the processor's on if its module was told to."""
 
     @property
     def file_uri(self) -> bool:
@@ -87,7 +91,7 @@ def find_binary() -> str:
 def _key(binary: str) -> str:
     info = os.stat(binary)
     boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    return f"1 {boot} {binary} {info.st_mtime_ns} {info.st_size} {os.geteuid()}"
+    return f"2 {boot} {binary} {info.st_mtime_ns} {info.st_size} {os.geteuid()}"
 
 
 def _private(directory: Path) -> bool:
@@ -120,9 +124,9 @@ def _write(cache: Path, found: Facts) -> None:
 
 def _measure(binary: str, key: str) -> Facts:
     version = qemu_version(binary)
-    rate, words = kvm_rate()
+    rate, useful, words = kvm_rate()
     accelerator = "tcg"
-    if rate >= USEFUL_RATE:
+    if useful:
         refused = _qemu_refuses_kvm(binary)
         if refused:
             words += f", but QEMU cannot use it: {refused}"
@@ -130,8 +134,24 @@ def _measure(binary: str, key: str) -> Facts:
             accelerator = "kvm"
     vsock = os.access("/dev/vhost-vsock", os.R_OK | os.W_OK)
     return Facts(
-        key=key, binary=binary, version=version, accelerator=accelerator, kvm=words, kvm_rate=rate, vsock=vsock
+        key=key,
+        binary=binary,
+        version=version,
+        accelerator=accelerator,
+        kvm=words,
+        kvm_rate=rate,
+        vsock=vsock,
+        nested=accelerator == "tcg" or kvm_nests(),
     )
+
+
+def kvm_nests(modules: Path = Path("/sys/module")) -> bool:
+    """The kernel's kvm_intel or kvm_amd lets guests have guests. ``Y`` or ``1``, by the module and its version."""
+    for module in ("kvm_intel", "kvm_amd"):
+        with contextlib.suppress(OSError):
+            if (modules / module / "parameters/nested").read_text().strip() in ("Y", "1"):
+                return True
+    return False
 
 
 def qemu_version(binary: str) -> str:
@@ -148,22 +168,23 @@ def qemu_version(binary: str) -> str:
     return match[0].removeprefix("version ")
 
 
-def kvm_rate() -> tuple[float, str]:
-    """(instructions per second at ring 0, in words). 0 when /dev/kvm cannot be used at all."""
+def kvm_rate() -> tuple[float, bool, str]:
+    """(instructions per second at ring 0, whether hardware runs them, in words). 0 when /dev/kvm cannot be used at all."""
     if not os.path.exists("/dev/kvm"):
-        return 0.0, "there is no /dev/kvm"
+        return 0.0, False, "there is no /dev/kvm"
     program = Path(__file__).with_name("kvmprobe.py")
     try:
         command = [sys.executable or "python3", "-I", "-S", str(program)]
         done = subprocess.run(command, capture_output=True, text=True, timeout=2, check=False)
     except (OSError, subprocess.TimeoutExpired):
-        return 0.0, "/dev/kvm did not run a test guest within 2 s"
+        return 0.0, False, "/dev/kvm did not run a test guest within 2 s"
     word, _, rest = done.stdout.strip().partition(" ")
     if word != "rate":
-        return 0.0, f"/dev/kvm does not run a test guest: {rest or done.stderr.strip()[-200:]}"
-    rate = float(rest)
-    verdict = "hardware runs it" if rate >= USEFUL_RATE else "the host emulates it, which is too slow"
-    return rate, f"/dev/kvm runs guest kernel code at {rate / 1e6:.1f} million instructions/s: {verdict}"
+        return 0.0, False, f"/dev/kvm does not run a test guest: {rest or done.stderr.strip()[-200:]}"
+    rate, own = map(float, rest.split())
+    useful = rate >= USEFUL_RATE or 0 < own * USEFUL_SHARE <= rate
+    verdict = "hardware runs it" if useful else "the host emulates it, which is too slow"
+    return rate, useful, f"/dev/kvm runs guest kernel code at {rate / 1e6:.1f} million instructions/s: {verdict}"
 
 
 def _qemu_refuses_kvm(binary: str) -> str:
