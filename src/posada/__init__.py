@@ -51,6 +51,7 @@ if TYPE_CHECKING:
         ImageError,
         InUse,
         InvalidState,
+        KvmError,
         NotFound,
         PosadaError,
         ProtocolError,
@@ -114,8 +115,8 @@ _HOMES = {
     "posada.engine.base": "Usage",
     "posada.errors": (
         "AlreadyExists Busy Cancelled CommandError EngineError EngineGone ForkError GuestError GuestGone "
-        "HostError ImageError InUse InvalidState NotFound PosadaError ProtocolError SpecError StateError "
-        "StreamClosed Timeout Unsupported"
+        "HostError ImageError InUse InvalidState KvmError NotFound PosadaError ProtocolError SpecError "
+        "StateError StreamClosed Timeout Unsupported"
     ),
     "posada.host.doctor": "Check",
     "posada.host.recovery": "RecoverReport",
@@ -138,12 +139,12 @@ __all__ = [
     "VM", "AlreadyExists", "Busy", "Cancelled", "Capabilities", "Check", "CloudInit", "CommandError", "Console",
     "DirEntry", "DirectKernel", "DiskSpec", "EngineError", "EngineGone", "Event", "Events", "ExecOptions",
     "ExecResult", "Feature", "FileInfo", "FileType", "Files", "ForkError", "GuestError", "GuestGone", "Host",
-    "HostError", "Image", "ImageError", "ImageRecord", "Images", "InUse", "InvalidState", "Limits", "MachineSpec",
-    "NicSpec", "NotFound", "Operation", "OperationRecord", "OperationState", "Operations", "Output", "Port",
-    "PortRecord", "PortSpec", "PosadaError", "Process", "Progress", "ProtocolError", "RecoverReport", "Snapshot",
-    "SnapshotKind", "SnapshotRecord", "SpecError", "SpecFields", "State", "StateError", "StreamClosed", "Timeout",
-    "Transfer", "Unsupported", "Usage", "Verdict", "VmRecord", "Vms", "Waiter", "__version__", "aio", "connect",
-    "create", "make_spec", "run", "spec_from_json", "spec_from_yaml", "spec_to_json", "spec_to_yaml",
+    "HostError", "Image", "ImageError", "ImageRecord", "Images", "InUse", "InvalidState", "KvmError", "Limits",
+    "MachineSpec", "NicSpec", "NotFound", "Operation", "OperationRecord", "OperationState", "Operations", "Output",
+    "Port", "PortRecord", "PortSpec", "PosadaError", "Process", "Progress", "ProtocolError", "RecoverReport",
+    "Snapshot", "SnapshotKind", "SnapshotRecord", "SpecError", "SpecFields", "State", "StateError", "StreamClosed",
+    "Timeout", "Transfer", "Unsupported", "Usage", "Verdict", "VmRecord", "Vms", "Waiter", "__version__", "aio",
+    "connect", "create", "make_spec", "run", "spec_from_json", "spec_from_yaml", "spec_to_json", "spec_to_yaml",
 ]
 
 

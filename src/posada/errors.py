@@ -15,7 +15,8 @@
      ├─ HostError (OSError)               the host lacks something: a tool, space, a permission
      ├─ StateError                        the state directory is damaged, locked or newer than this posada
      ├─ EngineError                       the engine failed
-     │   └─ EngineGone                    its process has died or does not answer
+     │   ├─ EngineGone                    its process has died or does not answer
+     │   └─ KvmError                      an ioctl on /dev/kvm failed; it is named
      ├─ ImageError (ValueError)           an image or disk is corrupt, refused or lying
      ├─ GuestError                        the guest's agent refused or failed
      │   ├─ GuestGone (ConnectionError)   the guest or its agent is gone
@@ -31,6 +32,7 @@ command line can print it on a line of its own.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from errno import errorcode
 from typing import Any
 
 
@@ -146,6 +148,15 @@ class EngineError(PosadaError):
 
 class EngineGone(EngineError):
     """The engine's process has died or does not answer."""
+
+
+class KvmError(EngineError):
+    """A request to the kernel's KVM failed. ``ioctl`` is its name, ``errno`` the number or 0; ``hint`` what to do."""
+
+    def __init__(self, ioctl: str, errno: int, *, detail: str = "", hint: str | None = None) -> None:
+        super().__init__(f"{ioctl} failed ({errorcode.get(errno, 'no errno')})", detail=detail, hint=hint)
+        self.ioctl = ioctl
+        self.errno = errno
 
 
 class ImageError(PosadaError, ValueError):
