@@ -11,18 +11,14 @@ import re
 import shutil
 import stat
 import subprocess
-import sys
 from pathlib import Path
 
 import msgspec
 
+from posada.engine.common.kvm import kvm_nests, kvm_rate
 from posada.errors import HostError
 
 BINARY = "qemu-system-x86_64"
-#: Instructions per second at ring 0. Hardware does thousands of millions; kernels that emulate it two.
-USEFUL_RATE = 50e6
-#: Slower than that, hardware still runs it if it keeps step with the host's own code: the host is an emulated machine.
-USEFUL_SHARE = 0.2
 MIN_VERSION = (7, 2)
 _CACHE = "qemu-probe.json"
 
@@ -145,15 +141,6 @@ def _measure(binary: str, key: str) -> Facts:
     )
 
 
-def kvm_nests(modules: Path = Path("/sys/module")) -> bool:
-    """The kernel's kvm_intel or kvm_amd lets guests have guests. ``Y`` or ``1``, by the module and its version."""
-    for module in ("kvm_intel", "kvm_amd"):
-        with contextlib.suppress(OSError):
-            if (modules / module / "parameters/nested").read_text().strip() in ("Y", "1"):
-                return True
-    return False
-
-
 def qemu_version(binary: str) -> str:
     """Such as ``7.2.22``. Raises HostError when it does not run or is too old."""
     try:
@@ -166,25 +153,6 @@ def qemu_version(binary: str) -> str:
     if (int(match[1]), int(match[2])) < MIN_VERSION:
         raise HostError(f"{binary} is version {match[0][8:]}", hint="posada needs QEMU 7.2 or newer")
     return match[0].removeprefix("version ")
-
-
-def kvm_rate() -> tuple[float, bool, str]:
-    """(instructions per second at ring 0, whether hardware runs them, in words). 0 when /dev/kvm cannot be used at all."""
-    if not os.path.exists("/dev/kvm"):
-        return 0.0, False, "there is no /dev/kvm"
-    program = Path(__file__).with_name("kvmprobe.py")
-    try:
-        command = [sys.executable or "python3", "-I", "-S", str(program)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=2, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return 0.0, False, "/dev/kvm did not run a test guest within 2 s"
-    word, _, rest = done.stdout.strip().partition(" ")
-    if word != "rate":
-        return 0.0, False, f"/dev/kvm does not run a test guest: {rest or done.stderr.strip()[-200:]}"
-    rate, own = map(float, rest.split())
-    useful = rate >= USEFUL_RATE or 0 < own * USEFUL_SHARE <= rate
-    verdict = "hardware runs it" if useful else "the host emulates it, which is too slow"
-    return rate, useful, f"/dev/kvm runs guest kernel code at {rate / 1e6:.1f} million instructions/s: {verdict}"
 
 
 def _qemu_refuses_kvm(binary: str) -> str:

@@ -4,39 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
 import os
 import signal
 import socket
 import stat
 import subprocess
-import sys
-from pathlib import Path
 
 from posada.engine.base import CONSOLE_LOG_MAX, Launch
+from posada.engine.common.bootstrap import python
+from posada.engine.common.identity import jail_uid
 from posada.engine.qemu import cgroups, process
 from posada.engine.qemu.argv import Invocation
 from posada.engine.qemu.files import Descriptors, clear, listen
 from posada.errors import EngineError, EngineGone
 from posada.model.records import Process
 
-#: Each machine of a host that root runs has a uid of its own in this range, by its uuid: outside what distributions,
-#: containers and systemd's dynamic users give out.
-UID_BASE, UID_COUNT = 1_900_000_000, 90_000_000
 #: Descriptors QEMU may have open: slirp opens one per guest connection.
 NOFILE = 8192
 #: Seconds for the keeper to start QEMU; it takes 15 ms.
 START_TIMEOUT = 20.0
-
-_PACKAGE = str(Path(__file__).parent)
-_BOOTSTRAP = f"import sys; sys.path.append({_PACKAGE!r}); from keeper.main import main; main()"
-
-
-def jail_uid(uuid: str) -> int | None:
-    """The uid a machine runs under, or None when we may not change it (rootless)."""
-    if os.geteuid():
-        return None
-    return UID_BASE + int.from_bytes(hashlib.sha256(uuid.encode()).digest()[:8]) % UID_COUNT
 
 
 def _groups(accelerator: str) -> list[int]:
@@ -103,7 +89,7 @@ async def spawn(launch: Launch, invocation: Invocation, files: Descriptors, acce
         "idle": launch.spec.limits.idle or "",
         "action": launch.spec.limits.action,
     }
-    words = [sys.executable or "/usr/bin/python3", "-I", "-S", "-c", _BOOTSTRAP]
+    words = python("posada.engine.qemu.keeper.main")
     words += [*(f"{key}={value}" for key, value in given.items()), "--", *invocation.argv]
     passed = {files.by_role[role] for role in invocation.fds} | {theirs.fileno(), console, listener, monitor}
     null = subprocess.DEVNULL

@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import _signal  # type: ignore[import-not-found]
-import ctypes
 import fcntl
 import os
-import resource
 
-PR_SET_NO_NEW_PRIVS = 38
-PR_SET_PTRACER = 0x59616D61
-PR_SET_PTRACER_ANY = ctypes.c_ulong(-1)
+from posada.runtime import confine
 
 #: Above every descriptor QEMU is given, so that moving them into place never overwrites one that is still to be moved.
 _PARKING = 1024
@@ -24,36 +20,23 @@ class Confinement:
         self.groups = groups
         self.nofile = nofile
         self.fds = fds
-        # Loaded before fork: nothing but system calls happens in the child.
         self.report = -1
-        self._prctl = ctypes.CDLL(None, use_errno=True).prctl
 
     def enter(self, stderr: int, report: int) -> None:
         """In the child. Raises OSError; ``report`` (moved out of the way) and ``stderr`` survive, all else is closed.
 
         Returns with stdin on /dev/null, stdout and stderr on ``stderr``, and each descriptor of ``fds`` at its number.
         """
-        hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-        limit = self.nofile if hard == resource.RLIM_INFINITY else min(self.nofile, hard)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        confine.limit(self.nofile)
         self._place(stderr, report)
         os.umask(0o077)
-        try:
-            with open("/proc/self/oom_score_adj", "w") as file:
-                file.write("200")  # a guest goes before the host's own services
-        except OSError:
-            pass
+        confine.expendable()
         if self.uid is not None:
-            os.setgroups(self.groups)
-            os.setresgid(self.uid, self.uid, self.uid)
-            os.setresuid(self.uid, self.uid, self.uid)
+            confine.become(self.uid, self.groups)
         else:
-            # Under Yama only a parent may read another process's memory. A later posada process must be able to (fork
-            # of a fork), and has the same uid anyway. EINVAL: there is no Yama.
-            self._prctl(PR_SET_PTRACER, PR_SET_PTRACER_ANY, 0, 0, 0)
-        if self._prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0):
-            raise OSError(ctypes.get_errno(), "prctl(PR_SET_NO_NEW_PRIVS)")
+            # A later posada process must be able to read a child's memory (fork of a fork), and has the same uid anyway.
+            confine.readable_by_own_user()
+        confine.no_new_privileges()
         # Python ignores these two, and ignored signals survive exec.
         _signal.signal(_signal.SIGPIPE, _signal.SIG_DFL)
         _signal.signal(_signal.SIGXFSZ, _signal.SIG_DFL)

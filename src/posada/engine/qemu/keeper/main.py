@@ -2,7 +2,8 @@
 
 Command line: ``key=value…  --  qemu argv…`` (the keys are those of `Job`). On the descriptor ``control`` it answers one
 line, ``ok PID START KEEPER_PID KEEPER_START`` or ``error TEXT``, and then waits for the byte ``c`` (commit). If the
-client's end closes before that, the client has died or given up, and the machine ends with it.
+client's end closes before that, the client has died or given up, and the machine ends with it. What is not QEMU's own
+(console, deadlines, ownership, exit record) is `posada.runtime`, which the kvm engine's monitor uses too.
 
 If the keeper itself is killed, QEMU goes on: its console and second monitor find their peers gone and drop output.
 """
@@ -10,19 +11,21 @@ If the keeper itself is killed, QEMU goes on: its console and second monitor fin
 from __future__ import annotations
 
 import _signal  # type: ignore[import-not-found]
-import _socket
 import os
 import select
 import sys
 import time
 
-from .console import RECENT, Client, Log, Recent
-from .jail import Confinement
+from posada.engine.qemu.keeper.jail import Confinement
+from posada.runtime import ending
+from posada.runtime.console import Console, PathLog, Recent
+from posada.runtime.deadlines import Deadlines
+from posada.runtime.owner import Owner, Starter, open_owner, start_time
+from posada.runtime.watch import Poll
 
 STDERR_TAIL = 8 << 10
 #: A monitor line longer than this is not one of ours.
 MONITOR_LINE = 1 << 20
-MAX_CLIENTS = 32
 
 
 class Job:
@@ -56,12 +59,6 @@ class Job:
         self.idle = float(given["idle"]) if given["idle"] else None
         self.action = given["action"]
         """``kill`` or ``pause``: what happens at a deadline."""
-
-
-def start_time(pid: int) -> int:
-    """Field 22 of /proc/PID/stat. Raises OSError when there is no such process."""
-    with open(f"/proc/{pid}/stat", "rb") as file:
-        return int(file.read().rpartition(b")")[2].split()[19])
 
 
 def spawn(job: Job, stderr: int) -> int:
@@ -105,38 +102,29 @@ class Keeper:
 
     def __init__(self, job: Job, pid: int, stderr: int, wake: int) -> None:
         self.job, self.pid = job, pid
-        self.poll = select.poll()
+        self.poll = Poll()
         self.qemu = os.pidfd_open(pid)
         self.stderr, self.tail = stderr, Recent(STDERR_TAIL)
-        self.log, self.recent = Log(job.log, job.log_max), Recent(RECENT)
-        self.clients: dict[int, Client] = {}
         self.monitor_data = b""
-        self.committed = False
+        self.ended = False
         self.reason = ""
         """Set when we, or the guest through QMP, said why it ends."""
         self.panicked = False
-        now = time.monotonic()
-        self.deadline = now + job.lifetime if job.lifetime else None
         self.wake = wake
-        for fd in (self.qemu, stderr, job.console, job.listener, job.monitor, job.control, wake):
+        for fd in (self.qemu, stderr, job.console, job.monitor, wake):
             os.set_blocking(fd, False)
-            self.poll.register(fd, select.POLLIN)
-        self.owner = self._open_owner()
-
-    def _open_owner(self) -> int:
-        """A pidfd of the owner, or -1 without one. Ends the machine at once if it is gone already."""
-        if self.job.owner is None:
-            return -1
-        pid, start = self.job.owner
-        try:
-            fd = os.pidfd_open(pid)
-            if start_time(pid) == start:
-                self.poll.register(fd, select.POLLIN)
-                return fd
-        except OSError:
-            pass
-        self._owner_gone()
-        return -1
+        self.poll.watch(self.qemu, self._qemu_ended)
+        self.poll.watch(stderr, lambda _: self.tail.add(self._read(stderr)))
+        self.poll.watch(job.console, lambda _: self._console())
+        self.poll.watch(job.monitor, lambda _: self._monitor())
+        self.poll.watch(wake, self._woken)
+        self.console = Console(self.poll, job.listener, PathLog(job.log, job.log_max), self._typed)
+        self.starter = Starter(self.poll, job.control, lambda: self.end("the client that started it is gone"))
+        self.deadlines = Deadlines(
+            job.lifetime, job.idle, f"{job.runtime}/activity", self._expire, repeat=job.action == "pause"
+        )
+        if job.owner is not None:
+            Owner(self.poll, open_owner(*job.owner), self._owner_gone)
 
     def _owner_gone(self) -> None:
         if not os.path.exists(f"{self.job.runtime}/disowned"):
@@ -152,34 +140,19 @@ class Keeper:
 
     def run(self) -> None:
         self._ask("qmp_capabilities")
-        while True:
-            for fd, _ in self.poll.poll(self._timeout()):
-                if fd == self.qemu:
-                    self._finish()
-                    return
-                self._ready(fd)
-            self._deadlines()
+        while not self.ended:
+            self.poll.once(self.deadlines.left())
+            if not self.ended:
+                self.deadlines.check()
+        self._finish()
 
-    def _ready(self, fd: int) -> None:
-        job = self.job
-        if fd == job.console:
-            self._console()
-        elif fd == self.stderr:
-            self.tail.add(self._read(fd))
-        elif fd == job.monitor:
-            self._monitor()
-        elif fd == job.listener:
-            self._accept()
-        elif fd == job.control:
-            self._control()
-        elif fd == self.owner:
-            self.poll.unregister(fd)
-            self._owner_gone()
-        elif fd == self.wake:
-            os.read(fd, 64)
-            self.end("killed")
-        elif fd in self.clients:
-            self._client(fd)
+    def _qemu_ended(self, _: int) -> None:
+        self.ended = True
+        self.poll.unwatch(self.qemu)
+
+    def _woken(self, _: int) -> None:
+        os.read(self.wake, 64)
+        self.end("killed")
 
     def _read(self, fd: int) -> bytes:
         """What is there; at its end the descriptor leaves the loop."""
@@ -190,57 +163,14 @@ class Keeper:
         except OSError:
             data = b""
         if not data:
-            self.poll.unregister(fd)
+            self.poll.unwatch(fd)
         return data
 
-    def _control(self) -> None:
-        data = self._read(self.job.control)
-        if data == b"c":
-            self.committed = True
-            self.poll.unregister(self.job.control)
-            os.close(self.job.control)
-        elif not self.committed:
-            self.end("the client that started it is gone")
-
     def _console(self) -> None:
-        data = self._read(self.job.console)
-        self.log.write(data)
-        self.recent.add(data)
-        for client in list(self.clients.values()):
-            self._settle(client, client.send(data))
+        self.console.output(self._read(self.job.console))
 
-    def _settle(self, client: Client, keep: bool) -> None:
-        if keep:
-            self.poll.modify(client.fd, select.POLLIN | (select.POLLOUT if client.pending else 0))
-        else:
-            self.poll.unregister(client.fd)
-            del self.clients[client.fd]
-            os.close(client.fd)
-
-    def _accept(self) -> None:
-        try:
-            fd, _ = _socket.socket(fileno=os.dup(self.job.listener))._accept()  # type: ignore[attr-defined]
-        except OSError:
-            return
-        if len(self.clients) >= MAX_CLIENTS:
-            os.close(fd)
-            return
-        os.set_blocking(fd, False)
-        client = self.clients[fd] = Client(fd, self.recent.get())
-        self.poll.register(fd, select.POLLIN)
-        self._settle(client, client.flush())
-
-    def _client(self, fd: int) -> None:
-        client = self.clients[fd]
-        try:
-            data = os.read(fd, 4096)
-            if data:
-                os.write(self.job.console, data)
-        except BlockingIOError:
-            data = b"-"  # the guest does not take input, or there was none: typed text may be lost, as on a real line
-        except OSError:
-            data = b""
-        self._settle(client, bool(data) and client.flush())
+    def _typed(self, data: bytes) -> None:
+        os.write(self.job.console, data)  # BlockingIOError: the guest does not take input now
 
     def _ask(self, command: str) -> bool:
         """Send a command on our monitor. False when QEMU does not take it: it has ended, or hangs."""
@@ -271,41 +201,12 @@ class Keeper:
             self.panicked = True
         elif event == "SHUTDOWN":
             reasons = {
-                "guest-shutdown": "guest powered off",
-                "guest-reset": "guest rebooted",
-                "guest-panic": "guest panicked",
+                "guest-shutdown": ending.POWERED_OFF,
+                "guest-reset": ending.REBOOTED,
+                "guest-panic": ending.PANICKED,
                 "host-qmp-quit": "quit by request",
             }
             self.reason = self.reason or reasons.get(str(why), "ended")
-
-    def _timeout(self) -> float | None:
-        """Milliseconds until the next deadline may have come."""
-        waits = []
-        now = time.monotonic()
-        if self.deadline is not None:
-            waits.append(self.deadline - now)
-        if self.job.idle is not None:
-            waits.append(self._idle_left())
-        return max(1.0, min(waits) * 1000) if waits else None
-
-    def _idle_left(self) -> float:
-        """Seconds left of the idle time, by the mtime of ``activity``; a clock that jumped back counts as activity."""
-        idle = self.job.idle or 0.0
-        try:
-            passed = time.time() - os.stat(f"{self.job.runtime}/activity").st_mtime
-        except OSError:
-            passed = 0.0
-        return min(idle, idle - passed) if passed >= 0 else idle
-
-    def _deadlines(self) -> None:
-        if self.deadline is not None and time.monotonic() >= self.deadline:
-            self.deadline = None
-            self._expire("its lifetime is over")
-        elif self.job.idle is not None and self._idle_left() <= 0:
-            if self.job.action == "pause":
-                # Counts again from now, so that a machine that is resumed gets its full idle time.
-                os.utime(f"{self.job.runtime}/activity")
-            self._expire("it was idle for too long")
 
     def _expire(self, reason: str) -> None:
         if self.job.action == "kill":
@@ -322,22 +223,12 @@ class Keeper:
         """Drain what QEMU left, write the exit record, remove the cgroups."""
         _, status = os.waitpid(self.pid, 0)
         for fd, drain in ((self.job.console, self._console), (self.job.monitor, self._monitor)):
-            while select.select([fd], [], [], 0)[0] and self._registered(fd):
+            while self.poll.watched(fd) and select.select([fd], [], [], 0)[0]:
                 drain()
-        while select.select([self.stderr], [], [], 0)[0] and self._registered(self.stderr):
+        while self.poll.watched(self.stderr) and select.select([self.stderr], [], [], 0)[0]:
             self.tail.add(self._read(self.stderr))
-        for client in list(self.clients.values()):
-            client.flush()
-        record = self._record(status)
-        import json
-
-        try:
-            temporary = f"{self.job.runtime}/.exit.json"
-            with open(temporary, "w") as file:
-                json.dump(record, file)
-            os.replace(temporary, f"{self.job.runtime}/exit.json")
-        except OSError:
-            pass  # the directory is gone: the machine was deleted
+        self.console.flush()
+        ending.write_path(f"{self.job.runtime}/exit.json", self._record(status))
         for path in self.job.cgroups:
             for _ in range(20):
                 try:
@@ -347,36 +238,23 @@ class Keeper:
                 except OSError:
                     time.sleep(0.001)  # Linux 6.18 takes a dead process out a moment after it has told of its death
 
-    def _registered(self, fd: int) -> bool:
-        try:
-            self.poll.modify(fd, select.POLLIN)
-        except OSError:
-            return False
-        return True
-
-    def _record(self, status: int) -> dict[str, object]:
+    def _record(self, status: int) -> bytes:
         signal = os.WTERMSIG(status) if os.WIFSIGNALED(status) else None
         code = os.WEXITSTATUS(status) if os.WIFEXITED(status) else None
-        asked = os.path.exists(f"{self.job.runtime}/kill")
         crashed = False
         reason = self.reason
-        last_words = self.recent.get()
-        panic = last_words.rfind(b"Kernel panic - not syncing")
-        if reason == "guest panicked" or self.panicked or (reason == "guest rebooted" and panic >= 0):
-            # A kernel without pvpanic resets itself (panic=-1); its console still says why.
-            words = last_words[panic:].split(b"\n")[0].decode(errors="replace").strip() if panic >= 0 else ""
-            reason, crashed = f"guest panicked: {words}" if words else "guest panicked", True
-        elif asked:
-            reason = "killed"
+        panic = ending.panic_reason(reason, self.panicked, self.console.recent.get())
+        if panic is not None:
+            reason, crashed = panic, True
+        elif os.path.exists(f"{self.job.runtime}/kill"):
+            reason = ending.KILLED
         elif not reason:
             crashed = True
             reason = f"QEMU was killed by signal {signal}" if signal else f"QEMU ended with status {code}"
         elif code:
             crashed = True
         stderr = self.tail.get().decode(errors="replace")
-        return {
-            "reason": reason, "crashed": crashed, "code": code, "signal": signal, "stderr": stderr, "time": time.time(),
-        }  # fmt: skip
+        return ending.record(reason, crashed=crashed, code=code, signal=signal, stderr=stderr)
 
 
 def catch_signals() -> int:
