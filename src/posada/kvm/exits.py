@@ -15,12 +15,12 @@ UNION = 32
 
 
 class IoExit(NamedTuple):
-    """Port I/O: ``count`` items of ``size`` bytes lie in ``data`` one after the other (string I/O has many)."""
+    """Port I/O: ``repeat`` items of ``size`` bytes lie in ``data`` one after the other (string I/O has many)."""
 
     write: bool
     port: int
     size: int
-    count: int
+    repeat: int
     data: memoryview
 
 
@@ -95,7 +95,7 @@ class InternalError:
     instruction: bytes
 
     def __str__(self) -> str:
-        kind = InternalErrorKind(self.suberror).name if self.suberror in iter(InternalErrorKind) else self.suberror
+        kind = _name(InternalErrorKind, self.suberror)
         at = f", instruction {self.instruction.hex(' ')}" if self.instruction else ""
         return f"INTERNAL_ERROR {kind}{at}, data {[hex(d) for d in self.data]}"
 
@@ -108,8 +108,7 @@ class SystemEvent:
     data: tuple[int, ...]
 
     def __str__(self) -> str:
-        kind = SystemEventKind(self.kind).name if self.kind in iter(SystemEventKind) else self.kind
-        return f"SYSTEM_EVENT {kind}"
+        return f"SYSTEM_EVENT {_name(SystemEventKind, self.kind)}"
 
 
 @dataclass(frozen=True)
@@ -188,8 +187,12 @@ def _internal_error(run: memoryview) -> InternalError:
 
 
 def name_of(reason: int) -> str:
-    """The exit's name, ``exit 99`` for one we do not know."""
+    """The exit's name, or its number for one we do not know."""
+    return _name(Exit, reason)
+
+
+def _name(kind: type[IntEnum], value: int) -> str:
     try:
-        return Exit(reason).name
+        return kind(value).name
     except ValueError:
-        return f"exit {reason}"
+        return str(value)
