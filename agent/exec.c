@@ -2,7 +2,9 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <limits.h>
 #include <signal.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/ioctl.h>
@@ -326,7 +328,9 @@ void exec_open(struct stream *s, const struct cbor *args)
 		close_all(mine);
 		if (master >= 0)
 			close(master);
-		stream_close(s, problem, -r);
+		char why[PATH_MAX + 64];
+		snprintf(why, sizeof why, "%s: %s", problem ? problem : a.argv[0], strerror(-r));
+		stream_close(s, why, -r);
 		argv_free(&a);
 		return;
 	}

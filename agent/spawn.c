@@ -81,7 +81,7 @@ static _Noreturn void __attribute__((noinline)) child(struct spawn *s, bool join
 			fail(s, "user");
 	}
 	if (s->cwd ? chdir(s->cwd) < 0 : chdir(u->home) < 0 && chdir("/") < 0)
-		fail(s, "cwd");
+		fail(s, s->cwd);
 	loop_unblock_signals();
 	execute(s);
 	fail(s, s->argv[0]);

@@ -6,6 +6,7 @@ It sees this host's files and processes, so the tests stay below their temporary
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import signal
 import stat
@@ -205,7 +206,7 @@ class TestExec:
     async def test_what_cannot_be_executed(self, binary: Path, tmp_path: Path) -> None:
         (tmp_path / "plain").write_text("text")
         async with real_client(binary, tmp_path) as client:
-            for argv, errno, options in (
+            for argv, name, options in (
                 (["no-such-command"], "ENOENT", {}),
                 ([str(tmp_path / "nothing")], "ENOENT", {}),
                 ([str(tmp_path / "plain")], "EACCES", {}),
@@ -214,7 +215,9 @@ class TestExec:
             ):
                 with pytest.raises(GuestError) as caught:
                     await client.run(argv, **options)  # type: ignore[arg-type]
-                assert caught.value.errno_name == errno
+                assert caught.value.errno_name == name
+                wrong = str(options.get("cwd", argv[0]))
+                assert f"{wrong}: {os.strerror(getattr(errno, name))}" in str(caught.value)
             with pytest.raises(GuestError, match="no such user"):
                 await client.run(["true"], user="no-such-user")
 
@@ -383,7 +386,7 @@ class TestFiles:
     async def test_errors(self, binary: Path, tmp_path: Path) -> None:
         (tmp_path / "file").write_text("x")
         async with real_client(binary, tmp_path) as client:
-            for work, errno in (
+            for work, name in (
                 (client.read_file(f"{tmp_path}/nothing"), "ENOENT"),
                 (client.read_file(f"{tmp_path}"), "EISDIR"),
                 (client.write_file(f"{tmp_path}/no/such", b"x"), "ENOENT"),
@@ -396,7 +399,7 @@ class TestFiles:
             ):
                 with pytest.raises(GuestError) as caught:
                     await work
-                assert caught.value.errno_name == errno, work
+                assert caught.value.errno_name == name, work
 
     async def test_names(self, binary: Path, tmp_path: Path) -> None:
         async with real_client(binary, tmp_path) as client:
