@@ -67,6 +67,8 @@ class GuestMemory:
             Region(base, length, mapping, whole[slack + at : slack + at + length], start + slack + at, slack + at)
             for base, at, length in parts
         )
+        self._low, self._low_size = self.regions[0].view, low
+        self._spans = tuple((region.base, region.size, region.view) for region in self.regions)
 
     @classmethod
     def anonymous(cls, size: int, hugepages: bool = False) -> GuestMemory:
@@ -98,7 +100,10 @@ class GuestMemory:
 
         ``length`` 0 gives an empty view, also one past the end of a region. Raises BadAddress.
         """
-        for base, size, _, view, _, _ in self.regions:
+        end = address + length
+        if 0 <= address <= end <= self._low_size:  # the usual case first: devices call this for each descriptor
+            return self._low[address:end]
+        for base, size, view in self._spans:
             offset = address - base
             if 0 <= offset <= size and 0 <= length <= size - offset:
                 return view[offset : offset + length]

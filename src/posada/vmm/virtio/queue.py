@@ -31,10 +31,10 @@ from posada.vmm import state
 from posada.vmm.memory import BadAddress, GuestMemory
 from posada.vmm.state import StateError
 
-MAX_SIZE = 32768
-"""Entries of the largest ring the specification allows; also a power of two."""
 MAX_CHAIN = 1024
-"""Descriptors of one chain, its indirect table included. What preadv(2) takes (IOV_MAX), and QEMU's bound too."""
+"""Buffers of one chain, at most: what preadv(2) takes (IOV_MAX), and QEMU's bound too."""
+MAX_SIZE = MAX_CHAIN
+"""Entries of the largest queue a device may have. The specification allows more."""
 
 NEXT, WRITE, INDIRECT = 1, 2, 4
 NO_NOTIFY = 1  # used.flags
@@ -275,25 +275,20 @@ class Queue:
         """Follow one chain from its head and check each descriptor. Raises QueueError, BadAddress."""
         view, unpack = self.memory.view, DESCRIPTOR.unpack_from
         readable, writable = chain.readable, chain.writable
-        index = chain.head
-        table, count = self._table, self.size
-        left = min(count, MAX_CHAIN)  # a longer walk has been somewhere twice
+        table, count, index = self._table, self.size, chain.head
+        left = count  # a longer walk has been somewhere twice
         total = 0
-        nested = False
         while True:
             if index >= count:
                 raise QueueError(f"queue {self.index}: descriptor {index} of {count}")
             address, length, flags, index = unpack(table, index << 4)
             if flags & INDIRECT:
-                if nested or not self.indirect or flags & NEXT:
+                count = length >> 4
+                if not self.indirect or table is not self._table or flags & NEXT:
                     raise QueueError(f"queue {self.index}: an indirect descriptor where none may be")
-                count, rest = divmod(length, 16)
-                if rest or not 1 <= count <= MAX_CHAIN:
+                if length & 15 or not 1 <= count <= MAX_CHAIN - len(readable) - len(writable):
                     raise QueueError(f"queue {self.index}: an indirect table of {length} bytes")
-                table = view(address, length)
-                left = count
-                index = 0
-                nested = True
+                table, left, index = view(address, length), count, 0
                 continue
             total += length
             if flags & WRITE:
@@ -308,8 +303,8 @@ class Queue:
                 break
             left -= 1
             if not left:
-                raise QueueError(f"queue {self.index}: a chain that is a loop, or too long")
-        if total > _MAX_BYTES or len(readable) + len(writable) > MAX_CHAIN:
+                raise QueueError(f"queue {self.index}: a chain that is a loop")
+        if total > _MAX_BYTES:
             raise QueueError(f"queue {self.index}: a chain of {total} bytes")
 
     def _touch_ring(self) -> None:
