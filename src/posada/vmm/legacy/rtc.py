@@ -22,6 +22,7 @@ class Rtc:
 
     def __init__(self, now: Callable[[], float] = time.time) -> None:
         self._now = now
+        self._read_at = 0.0
         self._index = 0
         self._cells = bytearray(_SIZE)
         self._cells[_A] = 0x26  # 32,768 Hz, periodic rate 1,024 Hz; no update is ever in progress
@@ -38,12 +39,15 @@ class Rtc:
         if offset == 0:
             return 0xFF  # write-only on a PC
         index = self._index
-        if index < _A and index not in (1, 3, 5) or index == _CENTURY:  # 1, 3, 5: the alarm, which just stores
+        if (index < _A and index not in (1, 3, 5)) or index == _CENTURY:  # 1, 3, 5: the alarm, which just stores
             return self._time(index)
         return 0 if index == _C else self._cells[index]
 
     def _time(self, index: int) -> int:
-        now = time.gmtime(self._now())
+        # Readers begin with the seconds. The rest of what they read belongs to the same instant.
+        if index == 0 or not 0 <= self._now() - self._read_at < 0.1:
+            self._read_at = self._now()
+        now = time.gmtime(self._read_at)
         value = {
             0: now.tm_sec, 2: now.tm_min, 4: now.tm_hour, 6: (now.tm_wday + 1) % 7 + 1,
             7: now.tm_mday, 8: now.tm_mon, 9: now.tm_year % 100, _CENTURY: now.tm_year // 100,

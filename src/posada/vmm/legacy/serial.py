@@ -122,7 +122,7 @@ class Serial:
         self._ier = ier
         if new & _IER_THRE:
             self._thre = True
-        if new & _IER_THRE or new & _IER_RDA and self._input:
+        if new & _IER_THRE or (new & _IER_RDA and self._input):
             self._interrupt()
 
     def _identify(self) -> int:
