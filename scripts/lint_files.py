@@ -25,7 +25,10 @@ TEXTS = SOURCES | {".md", ".toml", ".yml", ".yaml", ".json", ""}
 GENERATED = ("src/posada/client/_sync/", "tests/client/_sync/")
 
 #: Runs under ``python -I -S``: no site-packages; of posada only what is listed.
-_MONITOR = ("posada.runtime", "posada.errors", "posada.kvm", "posada.vmm", "posada.proto.cbor", "posada.proto.monitor")
+_MONITOR = (
+    "posada.runtime", "posada.errors", "posada.kvm", "posada.vmm", "posada.proto.cbor", "posada.proto.monitor",
+    "posada.proto.qcow2",
+)  # fmt: skip
 STDLIB_ONLY = {
     "src/posada/engine/qemu/keeper/": ("posada.runtime", "posada.engine.qemu.keeper"),
     "src/posada/runtime/": ("posada.runtime",),
@@ -33,6 +36,8 @@ STDLIB_ONLY = {
     "src/posada/vmm/": _MONITOR,
     "src/posada/proto/monitor.py": ("posada.proto.cbor", "posada.errors"),
     "src/posada/proto/cbor.py": (),
+    "src/posada/proto/qcow2.py": ("posada.errors", "posada.model.units"),
+    "src/posada/model/units.py": ("posada.errors",),
 }
 
 RAW_POINTER = re.compile(

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from posada.vmm import state
+from posada.vmm.life import LifeConfig
 from posada.vmm.memory import MAX_SIZE, PAGE
 
 MAX_CPUS = 64
@@ -113,25 +114,14 @@ class ConsoleConfig:
 
 
 @dataclass(frozen=True, slots=True)
-class OwnerConfig:
-    """The machine ends with this process. ``start`` is its start time (field 22 of /proc/PID/stat)."""
-
-    pid: int
-    start: int
-
-    @classmethod
-    def from_dict(cls, d: state.Document) -> OwnerConfig:
-        return cls(state.integer(d, "pid", 1, 1 << 30), state.integer(d, "start", 0, 1 << 62))
-
-
-@dataclass(frozen=True, slots=True)
 class JailConfig:
     """How the monitor locks itself in, once everything is set up. ``uid``, ``gid`` -1: stay who it is."""
 
     uid: int = -1
     gid: int = -1
     root: int = -1
-    """Descriptor of an empty directory to chroot to, or -1."""
+    """Descriptor of an empty directory to chroot to where there are no mount namespaces, or -1."""
+    namespaces: bool = True
     seccomp: bool = True
 
     @classmethod
@@ -140,13 +130,14 @@ class JailConfig:
             uid=state.integer(d, "uid", -1, 0xFFFF_FFFE, -1),
             gid=state.integer(d, "gid", -1, 0xFFFF_FFFE, -1),
             root=state.integer(d, "root", -1, MAX_FD, -1),
+            namespaces=state.boolean(d, "namespaces", True),
             seccomp=state.boolean(d, "seccomp", True),
         )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MonitorConfig:
-    """One machine. Descriptors are -1 where there is none; sizes in bytes; ``deadline`` in seconds or 0 for none."""
+    """One machine. Descriptors are -1 where there is none; sizes in bytes."""
 
     uuid: str
     name: str
@@ -165,8 +156,7 @@ class MonitorConfig:
     nics: tuple[NicConfig, ...] = ()
     vsock: VsockConfig | None = None
     console: ConsoleConfig = field(default_factory=ConsoleConfig)
-    owner: OwnerConfig | None = None
-    deadline: float = 0
+    life: LifeConfig = field(default_factory=LifeConfig)
     jail: JailConfig = field(default_factory=JailConfig)
 
     def to_dict(self) -> dict[str, Any]:
@@ -202,7 +192,6 @@ class MonitorConfig:
             nics=tuple(map(NicConfig.from_dict, state.children(d, "nics", MAX_NICS))),
             vsock=VsockConfig.from_dict(state.child(d, "vsock")) if d.get("vsock") is not None else None,
             console=ConsoleConfig.from_dict(state.child(d, "console")),
-            owner=OwnerConfig.from_dict(state.child(d, "owner")) if d.get("owner") is not None else None,
-            deadline=state.number(d, "deadline", 0, 1e9, 0),
+            life=LifeConfig.from_dict(state.child(d, "life")),
             jail=JailConfig.from_dict(state.child(d, "jail")),
         )
