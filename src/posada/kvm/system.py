@@ -23,6 +23,7 @@ class System:
     def __init__(self, fd: int) -> None:
         """Takes over ``fd``. Raises KvmError if it is not KVM, or a KVM of another API version than 12."""
         self.fd = fd
+        self._host: tuple[int, tuple[int, ...]] | None = None  # what never changes, asked once: forks save the calls
         version = self.api_version
         if version != API_VERSION:
             raise KvmError("KVM_GET_API_VERSION", 0, detail=f"version {version}, and must be {API_VERSION}")
@@ -55,7 +56,9 @@ class System:
 
     def create_vm(self) -> Vm:
         """An empty vm. It belongs to this process: after fork(2) the child cannot use it."""
-        return Vm(call(self.fd, Ioctl.CREATE_VM), self.vcpu_mmap_size)
+        if not self._host:
+            self._host = (self.vcpu_mmap_size, tuple(self.msr_indices()))
+        return Vm(call(self.fd, Ioctl.CREATE_VM), *self._host)
 
     def supported_cpuid(self) -> list[CpuidEntry]:
         """CPUID as kernel and processor can offer it. It lacks what only the monitor knows: see `posada.vmm.cpuid`."""

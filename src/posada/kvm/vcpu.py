@@ -29,10 +29,16 @@ class Vcpu:
     While one thread is in `run`, every other ioctl on the vcpu waits for it to return: park it first.
     """
 
-    def __init__(self, fd: int, vcpu_id: int, mmap_size: int, xsave_size: int) -> None:
+    def __init__(
+        self, fd: int, vcpu_id: int, mmap_size: int, xsave_size: int, state_msrs: tuple[int, ...], has_lapic: bool
+    ) -> None:
         self.fd = fd
         self.id = vcpu_id
         self.xsave_size = xsave_size
+        self.state_msrs = state_msrs
+        """The MSRs that hold state on this host (`System.msr_indices`)."""
+        self.has_lapic = has_lapic
+        """Its local APIC is in the kernel."""
         self._map = mmap.mmap(fd, mmap_size)
         self.kvm_run = memoryview(self._map)
         """struct kvm_run and the page of port I/O data behind it, shared with the kernel."""

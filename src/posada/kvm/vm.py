@@ -53,9 +53,15 @@ class MsiRoute:
 class Vm:
     """One virtual machine. It belongs to the process that made it; every method raises KvmError."""
 
-    def __init__(self, fd: int, mmap_size: int) -> None:
+    def __init__(self, fd: int, mmap_size: int, state_msrs: tuple[int, ...]) -> None:
         self.fd = fd
+        self.has_irqchip = False
+        """PIC and IOAPIC are in the kernel."""
+        self.has_lapic = False
+        """Vcpus made from now on have a local APIC in the kernel."""
+        self.has_pit = False
         self._mmap_size = mmap_size
+        self._state_msrs = state_msrs
         self._slots: dict[int, int] = {}
 
     # what it is made of
@@ -86,7 +92,8 @@ class Vm:
 
     def create_vcpu(self, vcpu_id: int) -> Vcpu:
         """A vcpu with this APIC id, in reset state. After the irqchip, so that it has a local APIC in the kernel."""
-        return Vcpu(call(self.fd, Ioctl.CREATE_VCPU, vcpu_id), vcpu_id, self._mmap_size, self.xsave_size())
+        fd = call(self.fd, Ioctl.CREATE_VCPU, vcpu_id)
+        return Vcpu(fd, vcpu_id, self._mmap_size, self.xsave_size(), self._state_msrs, self.has_lapic)
 
     def xsave_size(self) -> int:
         """Bytes of a vcpu's XSAVE area (KVM_CAP_XSAVE2): at least 4096, more with AMX."""
@@ -109,14 +116,17 @@ class Vm:
     def create_irqchip(self) -> None:
         """PIC, IOAPIC and local APICs in the kernel. Before the first vcpu."""
         call(self.fd, Ioctl.CREATE_IRQCHIP)
+        self.has_irqchip = self.has_lapic = True
 
     def create_split_irqchip(self, pins: int) -> None:
         """Local APICs in the kernel, IOAPIC and PIC with us; ``pins`` GSIs are kept for our IOAPIC."""
         self.enable_cap(Cap.SPLIT_IRQCHIP, pins)
+        self.has_lapic = True
 
     def create_pit(self, speaker: bool = True) -> None:
         """The 8254 timer in the kernel; ``speaker`` answers port 0x61 too. After `create_irqchip`."""
         call(self.fd, Ioctl.CREATE_PIT2, PitConfig(flags=numbers.PIT_SPEAKER_DUMMY if speaker else 0))
+        self.has_pit = True
 
     def irq_line(self, gsi: int, level: int) -> None:
         """Set an interrupt line to 0 or 1."""
