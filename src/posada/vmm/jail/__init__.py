@@ -35,7 +35,7 @@ def enter(config: JailConfig) -> list[str]:
 
 def lock_main(config: JailConfig) -> list[str]:
     """The main thread's filter, which every thread it starts inherits. Raises OSError."""
-    if not config.seccomp or not policy.supported():
+    if not config.seccomp or not policy.SUPPORTED:
         return []
     bpf.install(_MAIN)
     return ["seccomp"]
@@ -43,5 +43,5 @@ def lock_main(config: JailConfig) -> list[str]:
 
 def lock_vcpu(config: JailConfig) -> None:
     """What a vcpu's thread gives up beyond that. Raises OSError."""
-    if config.seccomp and policy.supported():
+    if config.seccomp and policy.SUPPORTED:
         bpf.install(_VCPU)

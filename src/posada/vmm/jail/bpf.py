@@ -28,7 +28,7 @@ def errno(number: int) -> int:
 
 
 @dataclass(frozen=True)
-class Test:
+class Argument:
     """The lower 32 bits of an argument (0–5), and'ed with ``mask``, are ``value``."""
 
     argument: int
@@ -42,7 +42,7 @@ class Rule:
 
     number: int
     action: int = ALLOW
-    tests: tuple[Test, ...] = ()
+    tests: tuple[Argument, ...] = ()
 
 
 def assemble(rules: Iterable[Rule], otherwise: int) -> bytes:
@@ -58,7 +58,7 @@ def assemble(rules: Iterable[Rule], otherwise: int) -> bytes:
     return b"".join(code)
 
 
-def _tests(tests: Sequence[Test]) -> list[bytes]:
+def _tests(tests: Sequence[Argument]) -> list[bytes]:
     """Falls through when all pass; else jumps over the return that follows."""
     code: list[bytes] = []
     left = sum(2 if test.mask == 0xFFFF_FFFF else 3 for test in tests)

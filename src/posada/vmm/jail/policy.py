@@ -11,7 +11,7 @@ import errno
 import os
 
 from posada.vmm.jail import bpf
-from posada.vmm.jail.bpf import ALLOW, KILL, Rule, Test
+from posada.vmm.jail.bpf import ALLOW, KILL, Argument, Rule
 
 # Data, between descriptors and memory.
 _DATA = {
@@ -36,8 +36,11 @@ _LOOP = {
     "epoll_wait": 232, "epoll_ctl": 233, "epoll_pwait": 281, "eventfd2": 290, "epoll_create1": 291,
     "accept4": 288, "accept": 43, "sendto": 44, "recvfrom": 45, "sendmsg": 46, "recvmsg": 47, "shutdown": 48,
     "getsockname": 51, "getpeername": 52, "setsockopt": 54, "getsockopt": 55, "timerfd_create": 283,
-    "timerfd_settime": 286, "wait4": 61,
+    "timerfd_settime": 286, "wait4": 61, "pipe2": 293,
 }  # fmt: skip
+
+#: Asked once: in the jail nobody answers.
+SUPPORTED = os.uname().machine == "x86_64"
 
 _IOCTL, _MMAP, _MPROTECT, _CLONE, _FORK, _PRCTL, _CLONE3 = 16, 9, 10, 56, 57, 157, 435
 _NEWFSTATAT = 262
@@ -66,21 +69,21 @@ _DEADLY = {
 
 def _common() -> list[Rule]:
     hot = [
-        Rule(_IOCTL, tests=(Test(1, _KVMIO << 8, 0xFF00),)),
-        Rule(_IOCTL, tests=(Test(1, _FIONBIO),)),
-        Rule(_IOCTL, tests=(Test(1, _FIOCLEX),)),
+        Rule(_IOCTL, tests=(Argument(1, _KVMIO << 8, 0xFF00),)),
+        Rule(_IOCTL, tests=(Argument(1, _FIONBIO),)),
+        Rule(_IOCTL, tests=(Argument(1, _FIOCLEX),)),
     ]
     memory = [
         # No memory is ever both made by us and run as code.
-        Rule(_MMAP, tests=(Test(2, 0, _PROT_EXEC),)),
-        Rule(_MPROTECT, tests=(Test(2, 0, _PROT_EXEC),)),
+        Rule(_MMAP, tests=(Argument(2, 0, _PROT_EXEC),)),
+        Rule(_MPROTECT, tests=(Argument(2, 0, _PROT_EXEC),)),
     ]
     asked = [
         # fstat(3) of newer C libraries; with an empty path it is of a descriptor.
-        Rule(_NEWFSTATAT, tests=(Test(3, _AT_EMPTY_PATH, _AT_EMPTY_PATH),)),
-        Rule(_PRCTL, tests=(Test(0, _PR_SET_NAME),)),
-        Rule(_PRCTL, tests=(Test(0, _PR_SET_VMA),)),
-        Rule(_PRCTL, tests=(Test(0, _PR_SET_SECCOMP),)),  # only ever takes away
+        Rule(_NEWFSTATAT, tests=(Argument(3, _AT_EMPTY_PATH, _AT_EMPTY_PATH),)),
+        Rule(_PRCTL, tests=(Argument(0, _PR_SET_NAME),)),
+        Rule(_PRCTL, tests=(Argument(0, _PR_SET_VMA),)),
+        Rule(_PRCTL, tests=(Argument(0, _PR_SET_SECCOMP),)),  # only ever takes away
     ]
     plain = [Rule(number) for names in (_DATA, _MEMORY, _RUNTIME) for number in names.values()]
     deadly = [Rule(number, KILL) for number in _DEADLY.values()]
@@ -90,7 +93,7 @@ def _common() -> list[Rule]:
 def main_thread() -> bytes:
     """The loop's thread: it also serves sockets, starts vcpu threads, and forks."""
     fork = [
-        Rule(_CLONE, tests=(Test(0, 0, _CLONE_NAMESPACES),)),
+        Rule(_CLONE, tests=(Argument(0, 0, _CLONE_NAMESPACES),)),
         Rule(_CLONE, KILL),
         # Its flags lie in memory, where no filter sees them. Told that there is none, the C library takes clone(2).
         Rule(_CLONE3, bpf.errno(errno.ENOSYS)),
@@ -106,7 +109,3 @@ def vcpu_thread() -> bytes:
 
 #: What a device may do when the guest writes one of its registers: send, wake the loop, change what it waits for.
 _VCPU_LOOP = frozenset({"epoll_ctl", "eventfd2", "sendto", "sendmsg", "recvfrom", "recvmsg", "shutdown"})
-
-
-def supported() -> bool:
-    return os.uname().machine == "x86_64"
