@@ -120,10 +120,10 @@ class Life:
     def notes(self) -> str:
         return self._notes.get().decode(errors="replace")
 
-    def end(self, reason: str, *, crashed: bool = False) -> None:
-        """From any thread."""
+    def end(self, reason: str, *, crashed: bool = False, detail: str = "") -> None:
+        """From any thread. ``detail``: what a person needs to find out why."""
         if not self._reason:
-            self._reason, self._crashed = reason, crashed
+            self._reason, self._crashed, self._detail = reason, crashed, detail
         self._loop.stop()
 
     def finish(self) -> None:
@@ -145,7 +145,7 @@ class Life:
             os.close(self._config.starter)
         for fd in {self._config.lock, self._config.status, self._config.activity, self._exit} - {-1}:
             os.close(fd)
-        self._reason, self._crashed = "", False
+        self._reason, self._crashed, self._detail = "", False, ""
         self._adopt(config, exit)
 
     def _arm(self) -> None:

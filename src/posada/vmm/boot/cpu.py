@@ -33,8 +33,11 @@ class Entry:
 class Registers(Protocol):
     """The part of `posada.kvm.Vcpu` that is needed."""
 
-    regs: Regs
-    sregs: Sregs
+    def get_sregs(self) -> Sregs: ...
+
+    def set_sregs(self, state: Sregs) -> None: ...
+
+    def set_regs(self, state: Regs) -> None: ...
 
 
 _PE, _ET, _NE, _WP, _PG = 1, 1 << 4, 1 << 5, 1 << 16, 1 << 31
@@ -59,7 +62,7 @@ def write_tables(memory: GuestMemory) -> None:
 def set_entry(vcpu: Registers, entry: Entry) -> None:
     """Point the boot vcpu at the kernel. Raises KvmError."""
     long = entry.mode is Mode.LINUX64
-    sregs = vcpu.sregs
+    sregs = vcpu.get_sregs()
     sregs.cs = _segment(_CS, _CODE, long=long)
     sregs.ds = sregs.es = sregs.fs = sregs.gs = sregs.ss = _segment(_DS, _DATA)
     sregs.tr = Segment(base=0, limit=0x67, selector=_TR, type=_TSS32_BUSY, present=1)
@@ -72,13 +75,13 @@ def set_entry(vcpu: Registers, entry: Entry) -> None:
         sregs.cr4 = _PAE
         sregs.cr0 |= _WP | _PG
         sregs.efer |= _LME | _LMA
-    vcpu.sregs = sregs
+    vcpu.set_sregs(sregs)
     regs = Regs(rip=entry.address, rflags=2, rsp=layout.BOOT_STACK, rbp=layout.BOOT_STACK)
     if long:
         regs.rsi = layout.ZERO_PAGE
     else:
         regs.rbx = layout.START_INFO
-    vcpu.regs = regs
+    vcpu.set_regs(regs)
 
 
 def _segment(selector: int, kind: int, *, long: bool = False) -> Segment:

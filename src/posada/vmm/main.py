@@ -1,0 +1,61 @@
+"""The monitor's process: ``python -I -S main.py FD``, where FD holds the machine's `MonitorConfig` as CBOR.
+
+Exit status: 0 when the machine ran, 1 when it could not be made (the reason is on stderr and with the starter), 2 for a
+misuse. How the machine ended is in the exit record.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+if __name__ == "__main__":  # -I: not even our own package is on the path
+    sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
+
+from posada.errors import PosadaError
+from posada.proto import cbor
+from posada.vmm.builder import build
+from posada.vmm.config import MonitorConfig
+from posada.vmm.machine import Machine
+
+MAX_CONFIG = 1 << 20
+
+
+def main(argv: list[str]) -> int:
+    """Run one machine until it ends."""
+    if len(argv) != 2 or not argv[1].isdecimal():
+        return _complain("usage: main.py FD", 2)
+    try:
+        machine = build(read_config(int(argv[1])))
+    except (PosadaError, OSError, cbor.CborError) as error:
+        return _complain(f"cannot make the machine: {error}", 1)
+    run(machine)
+    return 0
+
+
+def read_config(fd: int) -> MonitorConfig:
+    """Read ``fd`` to its end and close it. Raises CborError, StateError."""
+    with os.fdopen(fd, "rb") as file:
+        return MonitorConfig.from_dict(cbor.decode_map(file.read(MAX_CONFIG + 1)))
+
+
+def run(machine: Machine) -> None:
+    """From the first instruction to the exit record."""
+    machine.start()
+    machine.life.started()
+    try:
+        machine.loop.run()
+    except Exception as error:
+        machine.exited(machine.vcpus.threads[0], error)
+        raise
+    finally:
+        machine.close()
+
+
+def _complain(text: str, status: int) -> int:
+    print(text, file=sys.stderr)  # noqa: T201
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv))
