@@ -105,31 +105,53 @@ def enter_real_mode(vcpu: Vcpu, rip: int = CODE) -> None:
 
 
 PAGE_TABLES = 0x4000
-GDT = 0x7000
-IDT = 0x8000
+GDT = 0x8000
+IDT = 0x9000
 
 
 def enter_long_mode(memory: Memory, vcpu: Vcpu, rip: int = CODE, user: bool = False) -> None:
     """64-bit mode, the first GiB and the one that ends at 4 GiB mapped one to one (2 MiB pages)."""
     flags = 7  # present, writable, user
-    entries = {0: PAGE_TABLES + 0x1000 | flags}
-    memory.write(PAGE_TABLES, b"".join(entries.get(i, 0).to_bytes(8, "little") for i in range(512)))
-    pdpt = {0: 0 | flags | 0x80, 3: 3 << 30 | flags | 0x80}  # 1 GiB pages
-    memory.write(PAGE_TABLES + 0x1000, b"".join(pdpt.get(i, 0).to_bytes(8, "little") for i in range(512)))
-    memory.write(GDT, bytes(8) + (0x00AF9B000000FFFF).to_bytes(8, "little") + (0x00CF93000000FFFF).to_bytes(8, "little"))
+    write_table(memory, PAGE_TABLES, {0: PAGE_TABLES + 0x1000 | flags})
+    write_table(memory, PAGE_TABLES + 0x1000, {0: PAGE_TABLES + 0x2000 | flags, 3: PAGE_TABLES + 0x3000 | flags})
+    write_table(memory, PAGE_TABLES + 0x2000, {i: i << 21 | flags | 0x80 for i in range(512)})
+    write_table(memory, PAGE_TABLES + 0x3000, {i: 3 << 30 | i << 21 | flags | 0x80 for i in range(512)})
+    memory.write(
+        GDT, bytes(8) + (0x00AF9B000000FFFF).to_bytes(8, "little") + (0x00CF93000000FFFF).to_bytes(8, "little")
+    )
     sregs = vcpu.get_sregs()
     sregs.cr3, sregs.cr4, sregs.cr0, sregs.efer = PAGE_TABLES, 0x620, 0x80050033, 0x500
     sregs.gdt.base, sregs.gdt.limit = GDT, 23
     sregs.idt.base, sregs.idt.limit = IDT, 4095
     dpl = 3 if user else 0
-    for name, selector, kind in (("cs", 8, 11), ("ds", 16, 3), ("es", 16, 3), ("ss", 16, 3), ("fs", 16, 3), ("gs", 16, 3)):
+    for name, selector, kind in (
+        ("cs", 8, 11),
+        ("ds", 16, 3),
+        ("es", 16, 3),
+        ("ss", 16, 3),
+        ("fs", 16, 3),
+        ("gs", 16, 3),
+    ):
         s = getattr(sregs, name)
-        s.base, s.limit, s.selector, s.type, s.present, s.dpl, s.s, s.g = 0, 0xFFFFFFFF, selector | dpl, kind, 1, dpl, 1, 1
+        s.base, s.limit, s.selector, s.type, s.present, s.dpl, s.s, s.g = (
+            0,
+            0xFFFFFFFF,
+            selector | dpl,
+            kind,
+            1,
+            dpl,
+            1,
+            1,
+        )
         s.l, s.db = (1, 0) if name == "cs" else (0, 1)
     vcpu.set_sregs(sregs)
     regs = vcpu.get_regs()
     regs.rip, regs.rsp, regs.rflags = rip, 0x3000, 2
     vcpu.set_regs(regs)
+
+
+def write_table(memory: Memory, at: int, entries: dict[int, int]) -> None:
+    memory.write(at, b"".join(entries.get(i, 0).to_bytes(8, "little") for i in range(512)))
 
 
 def gate(handler: int) -> bytes:

@@ -22,7 +22,6 @@ A guest of six bytes of real-mode code, which writes one character to the serial
     ...         assert vcpu.run() == Exit.IO
     ...         io = vcpu.io_exit()
     ...         print(hex(io.port), bytes(io.data))
-    ...         del io
     ...         assert vcpu.run() == Exit.HLT
     0x3f8 b'!'
 

@@ -23,6 +23,10 @@ class IoExit(NamedTuple):
     repeat: int
     data: memoryview
 
+    def __str__(self) -> str:
+        times = f" × {self.repeat}" if self.repeat != 1 else ""
+        return f"IO {'out' if self.write else 'in'} port {self.port:#x}, {self.size} bytes{times}: {self.data[:16].hex(' ')}"
+
 
 class MmioExit(NamedTuple):
     """An access to guest-physical memory that no slot has; ``data`` is as long as the access (1–8)."""
@@ -30,6 +34,9 @@ class MmioExit(NamedTuple):
     write: bool
     address: int
     data: memoryview
+
+    def __str__(self) -> str:
+        return f"MMIO {'write' if self.write else 'read'} {self.address:#x}: {self.data.hex(' ')}"
 
 
 class SystemEventKind(IntEnum):

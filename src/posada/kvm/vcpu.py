@@ -248,14 +248,17 @@ class Vcpu:
         call(self.fd, Ioctl.SET_DEVICE_ATTR, request, "TSC offset")
 
     def close(self) -> None:
-        """Idempotent. Nobody may be in `run`."""
+        """Idempotent. Nobody may be in `run`. Views of exit data that someone still holds stay readable."""
         fd, self.fd = self.fd, -1
         if fd < 0:
             return
         os.close(fd)
         self._words.release()
         self.kvm_run.release()
-        self._map.close()
+        try:
+            self._map.close()
+        except BufferError:  # someone holds the data of an exit: it is unmapped when that goes
+            pass
 
     def __enter__(self) -> Vcpu:
         return self
