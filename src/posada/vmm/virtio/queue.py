@@ -57,14 +57,15 @@ class Chain:
     the request: drop the chain once it is pushed, and all chains in `Device.reset`.
     """
 
-    __slots__ = ("_at", "_view", "epoch", "head", "readable", "touches", "writable")
+    __slots__ = ("_at", "_view", "epoch", "head", "places", "readable", "writable")
 
     def __init__(self, head: int, epoch: int) -> None:
         self.head = head
         self.epoch = epoch
         self.readable: list[memoryview] = []
         self.writable: list[memoryview] = []
-        self.touches: list[tuple[int, int]] = []  # address and length of what is writable, while `Queue.written` is set
+        self.places: list[tuple[int, int]] = []
+        """Guest address and length of each writable buffer, if `Queue.places` asks for them."""
         self._view = 0  # where `write` goes on: index of the view, and offset in it
         self._at = 0
 
@@ -112,6 +113,8 @@ class Queue:
         self.max_size = max_size
         self.written: Callable[[int, int], object] | None = None
         """Told (address, length) of guest memory that the device may have changed: KVM's dirty log does not see it."""
+        self.places = False
+        """Whether a device needs `Chain.places`."""
         self.epoch = 0
         self._barrier = threading.Lock()
         self.clear()
@@ -186,8 +189,8 @@ class Queue:
         self._used[1] = at
         if self.written is not None:
             self._touch_ring()
-            for address, length in chain.touches:
-                self.written(address, length)
+            for place in chain.places:
+                self.written(*place)
 
     def wants_interrupt(self) -> bool:
         """Whether the driver wants to hear of what was pushed since the last call (section 2.7.7)."""
@@ -275,6 +278,7 @@ class Queue:
         """Follow one chain from its head and check each descriptor. Raises QueueError, BadAddress."""
         view, unpack = self.memory.view, DESCRIPTOR.unpack_from
         readable, writable = chain.readable, chain.writable
+        places = self.places or self.written is not None
         table, count, index = self._table, self.size, chain.head
         left = count  # a longer walk has been somewhere twice
         total = 0
@@ -293,8 +297,8 @@ class Queue:
             total += length
             if flags & WRITE:
                 writable.append(view(address, length))
-                if self.written is not None:
-                    chain.touches.append((address, length))
+                if places:
+                    chain.places.append((address, length))
             elif writable:
                 raise QueueError(f"queue {self.index}: a readable buffer behind a writable one")
             else:
