@@ -24,6 +24,7 @@ from posada.vmm.virtio.queue import DESCRIPTOR, INDIRECT, NEXT, WRITE, QueueErro
 from posada.vmm.virtio.transport import EVENT_IDX, Status
 
 PAGE = 4096
+MAX_TURNS = 10_000
 
 
 class StrictTransport(MmioTransport):
@@ -242,12 +243,13 @@ class FakeDriver:
         return bool(self.read(Register.STATUS) & Status.NEEDS_RESET)
 
     def spin(self) -> None:
-        """Let the loop do what is ready, without waiting."""
-        while True:
+        """Let the loop do what is ready, without waiting. AssertionError if the device never comes to an end."""
+        for _ in range(MAX_TURNS):
             self.loop.stop()
             self.loop.run()
             if not self.transport.pending:
                 return
+        raise AssertionError(f"{self.device.name} is still busy after {MAX_TURNS} turns of the loop")
 
     def until(self, condition: Callable[[], object], timeout: float = 5.0) -> None:
         """Run the loop until ``condition`` holds. AssertionError after ``timeout`` seconds."""
