@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import AsyncIterator
+import tempfile
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
@@ -19,8 +20,10 @@ pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(420)
 
 
 @pytest.fixture(scope="module")
-def newer(image: str) -> Path:
-    return newer_qemu(ROOT / ".cache/qemu-backports")
+def newer(image: str) -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(prefix="posada-qemu10-") as target:
+        Path(target).chmod(0o755)
+        yield newer_qemu(ROOT / ".cache/qemu-backports", Path(target))
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -37,7 +40,9 @@ def engine(kit: Kit, monkeypatch: pytest.MonkeyPatch, program: Path | None) -> t
     else:
         monkeypatch.setenv("POSADA_QEMU", str(program))
     kit.engine = QemuEngine(kit.folder)
-    return tuple(int(part) for part in kit.engine.probe().facts["version"].split("."))
+    probe = kit.engine.probe()
+    assert probe.ok, probe.detail
+    return tuple(int(part) for part in probe.facts["version"].split("."))
 
 
 async def test_start_exec_fork_of_a_fork_capture_restore(

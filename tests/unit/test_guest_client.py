@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
 import time
 from pathlib import Path
@@ -246,7 +247,7 @@ class TestProcess:
         async with fake_client(tmp_path) as (_, client):
             result = await client.run(["sh", "-c", "sleep 600 & echo $!"], timeout=10)
             assert result.exit_code == 0
-            await client.run(["kill", result.stdout.strip()])
+            os.kill(int(result.stdout), signal.SIGKILL)
 
 
 class TestIsolation:

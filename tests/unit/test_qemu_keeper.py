@@ -252,8 +252,8 @@ async def test_a_missing_binary_is_an_error_and_leaves_nothing(kit: Kit) -> None
 
 async def test_the_jail(kit: Kit) -> None:
     """New session, no privileges to gain, no descriptors but those given, no core, own uid when we are root."""
-    script = "exec >&3; cat /proc/self/status; ls /proc/$$/fd | tr '\\n' ' '; ulimit -c; umask; ps -o sid= $$; echo end"
-    spawned = await kit.run(f"{script}; exec sleep 60")
+    script = "exec >&3; cat /proc/self/status; ls /proc/$$/fd | tr '\\n' ' '; ulimit -c; umask; cut -d' ' -f6 /proc/$$/stat"
+    spawned = await kit.run(f"{script}; echo end; exec sleep 60")
     out = (await read_until(kit.runtime / "console.sock", b"end\n")).decode()
     assert "NoNewPrivs:\t1" in out
     lines = out.splitlines()
