@@ -3,6 +3,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 #include <sys/mount.h>
 #include <sys/random.h>
@@ -14,6 +15,7 @@
 #include "agent.h"
 #include "cgroup.h"
 #include "cmdline.h"
+#include "listen.h"
 #include "modules.h"
 #include "netconf.h"
 #include "ports.h"
@@ -176,6 +178,18 @@ static void hand_over(void)
 	is_init = true;
 }
 
+static void open_channels(void)
+{
+	const char *port = cmdline_get("posada.vsock", NULL);
+	if (port) {
+		int r = listen_vsock(strtoul(port, NULL, 10));
+		if (r < 0)
+			say("posada-agent: cannot listen on vsock port %s: %s", port, strerror(-r));
+	} else if (!ports_open()) {
+		say("posada-agent: there is no virtio port named org.posada.agent.*");
+	}
+}
+
 void init_run(void)
 {
 	mount_kernel();
@@ -191,9 +205,8 @@ void init_run(void)
 	timing_step("order");
 	is_init = strcmp(cmdline_get("posada.mode", "fast"), "full") != 0;
 	loop_init();
-	if (!ports_open())
-		say("posada-agent: there is no virtio port named org.posada.agent.*");
-	timing_step("ports");
+	open_channels();
+	timing_step("channels");
 	boot_failed = mount_root();
 	timing_step("root");
 	if (!boot_failed)

@@ -1,6 +1,7 @@
 #include "listen.h"
 
 #include <errno.h>
+#include <linux/vm_sockets.h>
 #include <stdio.h>
 #include <string.h>
 #include <sys/socket.h>
@@ -9,7 +10,7 @@
 
 #include "link.h"
 
-static struct watch door;
+static struct watch door, vsock_door;
 
 static void door_ready(struct watch *w, uint32_t events)
 {
@@ -37,5 +38,33 @@ int listen_open(const char *path)
 	}
 	door = (struct watch){.fd = fd, .ready = door_ready};
 	watch_set(&door, EPOLLIN);
+	return 0;
+}
+
+/* The host has its clients wait until somebody listens; a call for its own port of that number says that it is so. */
+static void knock(unsigned port)
+{
+	struct sockaddr_vm host = {.svm_family = AF_VSOCK, .svm_cid = VMADDR_CID_HOST, .svm_port = port};
+	int fd = socket(AF_VSOCK, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
+	if (fd < 0)
+		return;
+	connect(fd, (struct sockaddr *)&host, sizeof host);
+	close(fd);
+}
+
+int listen_vsock(unsigned port)
+{
+	struct sockaddr_vm address = {.svm_family = AF_VSOCK, .svm_cid = VMADDR_CID_ANY, .svm_port = port};
+	int fd = socket(AF_VSOCK, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
+	if (fd < 0)
+		return -errno;
+	if (bind(fd, (struct sockaddr *)&address, sizeof address) < 0 || listen(fd, 8) < 0) {
+		int error = errno;
+		close(fd);
+		return -error;
+	}
+	vsock_door = (struct watch){.fd = fd, .ready = door_ready};
+	watch_set(&vsock_door, EPOLLIN);
+	knock(port);
 	return 0;
 }

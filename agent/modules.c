@@ -7,14 +7,29 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#include "cmdline.h"
 #include "util.h"
 
 /* inet_diag: destroys inherited connections (sockets.c). */
 static const char *const rare[] = {"inet_diag.ko", "tcp_diag.ko"};
 
+static const char *file_name(const char *path)
+{
+	const char *slash = strrchr(path, '/');
+	return slash ? slash + 1 : path;
+}
+
+/* Modules of channels and buses that this machine does not have. */
+static bool is_idle(const char *path)
+{
+	const char *name = file_name(path);
+	bool vsock = cmdline_get("posada.vsock", NULL) != NULL;
+	return !vsock && (strncmp(name, "vsock", 5) == 0 || strncmp(name, "vmw_vsock", 9) == 0);
+}
+
 static bool is_rare(const char *path)
 {
-	const char *slash = strrchr(path, '/'), *name = slash ? slash + 1 : path;
+	const char *name = file_name(path);
 	for (size_t i = 0; i < COUNT(rare); i++)
 		if (strcmp(name, rare[i]) == 0)
 			return true;
@@ -44,7 +59,7 @@ static void load_listed(int dir, bool rare_ones)
 	for (char *rest = text, *line; (line = strsep(&rest, "\n"));) {
 		if (strncmp(line, "/modules/", 9) == 0)
 			line += 9; /* the root may be another by now */
-		if (*line && is_rare(line) == rare_ones)
+		if (*line && is_rare(line) == rare_ones && !is_idle(line))
 			load(dir, line);
 	}
 }

@@ -19,7 +19,11 @@ from posada.errors import ImageError
 
 #: What every boot needs. Console and disk come first: the agent answers, and the root is mounted, while the rest loads.
 #: tcp_diag is loaded only by forks that have inherited connections to destroy; the agent leaves it out at boot.
-BOOT = ("virtio_pci", "virtio_console", "virtio_blk", "virtio_net", "virtio_rng", "virtio_balloon", "tcp_diag")
+#: vsock is the kvm engine's channel to the agent, which leaves these out elsewhere.
+BOOT = (
+    "virtio_pci", "virtio_mmio", "virtio_console", "vmw_vsock_virtio_transport", "virtio_blk", "virtio_net", "virtio_rng",
+    "virtio_balloon", "tcp_diag",
+)  # fmt: skip
 
 MAX_MODULE = 64 << 20
 _SUFFIXES = ("", ".xz", ".gz", ".zst")

@@ -15,6 +15,8 @@ WINDOW = 256 << 10
 """Bytes that may be on their way per (stream, direction, flags), unless HELLO says another number."""
 MAX_STREAMS = 64
 MAX_PING = 64
+VSOCK_PORT = 28783
+"""Where the agent of a guest with vsock listens."""
 
 CLIENT_PREAMBLE = b"POSADA\xff\xfeAGENT-01"
 AGENT_PREAMBLE = b"POSADA\xff\xfdAGENT-01"
