@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -73,6 +74,7 @@ def content(path: Path) -> bytes:
     return data
 
 
+@cache
 def pattern(length: int, seed: int) -> bytes:
     """Bytes that differ from place to place and from seed to seed."""
     return b"".join((seed << 32 | n).to_bytes(8, "little") for n in range(-(-length // 8)))[:length]

@@ -20,6 +20,8 @@ class Disk(Protocol):
 
     size: int
     readonly: bool
+    granularity: int
+    """The smallest aligned piece that a discard gives back."""
 
     def read(self, offset: int, buffers: Buffers) -> None:
         """Fill ``buffers``."""

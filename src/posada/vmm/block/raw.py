@@ -21,6 +21,7 @@ class RawDisk:
         length = self.file.length()
         self.size = -(-length // _SECTOR) * _SECTOR if size is None else size
         self.readonly = readonly
+        self.granularity = 4096
         if self.size <= 0 or (not self.file.sparse and length < self.size):
             raise ImageError(f"a block device of {length} bytes cannot be a disk of {self.size}")
 

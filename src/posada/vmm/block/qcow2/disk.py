@@ -34,6 +34,7 @@ class Qcow2Disk:
         self.backing = backing
         self.readonly = readonly
         self.size = self.image.info.size
+        self.granularity = self.image.cluster
         self.backed = 0 if backing is None else min(backing.size, self.size)
         """The backing disk is read up to here, in bytes."""
         self.clusters = Clusters(self.image, None if readonly else Refcounts(self.image))
