@@ -95,8 +95,7 @@ class Transport:
             self._refuse()
             return
         if value & Status.FAILED:
-            self.status |= Status.FAILED
-            self.active = False
+            self._stop(Status.FAILED)
         for number, step in enumerate(ORDER):
             if not value & ~self.status & step or self.status & STOPPED:
                 continue
@@ -159,8 +158,7 @@ class Transport:
             return
         self.reason = reason
         self.failures += 1
-        self.active = False
-        self.status |= Status.NEEDS_RESET
+        self._stop(Status.NEEDS_RESET)
         if self.failures <= MAX_REPORTS:
             sys.stderr.write(f"{self.device.name}: {reason}; the driver must reset it\n")
         if self.status & Status.DRIVER_OK:
@@ -252,6 +250,13 @@ class Transport:
         }
 
     # Inside.
+
+    def _stop(self, why: Status) -> None:
+        """Until the reset no queue gives a request or takes an answer, whoever asks."""
+        self.status |= why
+        self.active = False
+        for queue in self.queues:
+            queue.stop()
 
     def _advance(self, step: Status) -> None:
         if step is Status.FEATURES_OK and not self._suitable(self.acked):
