@@ -4,10 +4,10 @@ PY := .venv/bin/python
 # What a run keeps for the next one: images, mostly. Safe to delete.
 CACHE := .cache
 
-.PHONY: demo test unit e2e lint format bench docs clean help
+.PHONY: demo test unit e2e lab lab-kvm lint format bench docs clean help
 
 help:  ## list the targets
-	@sed -n 's/^\([a-z0-9]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST)
+	@sed -n 's/^\([a-z0-9-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST)
 
 demo:  ## build a Debian guest; run, snapshot, fork, restore it; say how long each step took
 	@scripts/bootstrap
@@ -22,7 +22,15 @@ unit:  ## the tests that start no guest; seconds
 
 e2e:  ## the tests on real guests
 	@scripts/bootstrap dev
-	$(PY) -m pytest -m guest $(PYTEST_ARGS)
+	$(PY) -m pytest -m "guest and not lab" $(PYTEST_ARGS)
+
+lab:  ## the tests in a machine in which /dev/kvm is real
+	@scripts/bootstrap dev
+	$(PY) -m pytest -m lab $(PYTEST_ARGS)
+
+lab-kvm:  ## a shell in such a machine
+	@scripts/bootstrap dev
+	@$(PY) scripts/lab.py kvm
 
 lint:  ## style, types, layers, file rules, generated files
 	@scripts/bootstrap dev

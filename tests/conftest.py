@@ -19,11 +19,13 @@ def pytest_configure() -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Everything in e2e/ starts guests; and quick tests come first, so that a mistake shows early."""
+    """Everything in e2e/ and lab/ starts guests; and quick tests come first, so that a mistake shows early."""
     for item in items:
-        if HERE / "e2e" in item.path.parents:
+        if HERE / "lab" in item.path.parents:
+            item.add_marker(pytest.mark.lab)
+        if HERE / "e2e" in item.path.parents or HERE / "lab" in item.path.parents:
             item.add_marker(pytest.mark.guest)
             if not any(item.iter_markers("timeout")):
                 item.add_marker(pytest.mark.timeout(300))  # guests may be emulated, two to a slow processor
-    order = {"unit": 0, "golden": 1, "fuzz": 2, "contract": 3}
+    order = {"unit": 0, "golden": 1, "fuzz": 2, "contract": 3, "lab": 10}
     items.sort(key=lambda item: order.get(item.path.relative_to(HERE).parts[0], 9))

@@ -25,18 +25,21 @@ def image() -> None:
 
 
 @image.command()
-@click.argument("name", metavar="NAME:TAG")
+@click.argument("release", metavar="NAME:TAG")
+@click.option("--name", metavar="NAME:TAG", help="What it will be called (default: as what it is built from).")
 @click.option("-p", "--package", "packages", multiple=True, metavar="PACKAGE", help="Install it too. Repeatable.")
 @click.option("--size", metavar="SIZE", help="Of the root file system (default: what it needs and some room).")
 @click.option("--arch", type=click.Choice(["x86_64", "aarch64"]), default="x86_64", show_default=True)
 @formatted
 @hosted
-async def build(host: Host, name: str, packages: tuple[str, ...], size: str | None, arch: str) -> None:
+async def build(
+    host: Host, release: str, name: str | None, packages: tuple[str, ...], size: str | None, arch: str
+) -> None:
     """Build an image from a distribution's packages, such as debian:12."""
     from posada.cli.progress import Bar
 
-    with Bar(f"building {name}") as bar:
-        made = await host.images.build(name, packages=packages, size=size, arch=arch, progress=bar)
+    with Bar(f"building {name or release}") as bar:
+        made = await host.images.build(release, packages=packages, size=size, arch=arch, name=name, progress=bar)
     output.emit(shapes.image(made.record), lambda: f"{made.name} {made.digest[:12]}")
 
 
@@ -55,9 +58,7 @@ async def import_(host: Host, disk: str | None, kernel: str | None, initrd: str 
     if disk is None and kernel is None:
         raise click.UsageError("name a DISK, a --kernel, or both")
     with Bar(f"importing {name}") as bar:
-        made = await host.images.import_disk(
-            disk, name=name, kernel=kernel, initrd=initrd, append=append, progress=bar
-        )
+        made = await host.images.import_disk(disk, name=name, kernel=kernel, initrd=initrd, append=append, progress=bar)
     output.emit(shapes.image(made.record), lambda: f"{made.name} {made.digest[:12]}")
 
 

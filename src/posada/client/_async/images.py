@@ -101,16 +101,18 @@ class Images:
         packages: Sequence[str] = (),
         size: int | str | None = None,
         arch: str = "x86_64",
+        name: str | None = None,
         progress: Progress | None = None,
     ) -> Image:
         """Build an image such as ``debian:12`` from the distribution's packages, with extra ``packages``.
 
-        ``size`` of its file system (text or bytes) is what it needs and some room unless given. Raises HostError (a
-        tool is missing; no space), ImageError.
+        It is called ``name`` (default: ``ref``); an image that was called so loses the name. ``size`` of its file
+        system (text or bytes) is what it needs and some room unless given. Raises HostError (a tool is missing; no
+        space), ImageError.
         """
         length = None if size is None else parse_size(size)
         record = await self._rt.run(
-            self._store.build(ref, packages=tuple(packages), size=length, arch=arch, progress=progress or quiet)
+            self._store.build(ref, packages=tuple(packages), size=length, arch=arch, name=name, progress=progress or quiet)
         )
         return Image(self._rt, self._core, record)
 

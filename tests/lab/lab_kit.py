@@ -1,0 +1,227 @@
+"""The KVM lab: a machine of posada's own in which ``/dev/kvm`` is real, on computers that have none.
+
+Under emulation QEMU shows its guest a processor with AMD SVM, Debian's ``kvm_amd`` works with that, and guests of the
+guest run as hardware would run them, only more slowly. What is tested in there is what a user with hardware has.
+
+From nothing: image of Debian with Python and QEMU (25 s), Python packages (5 s), kernels and images for the inner guests
+(30 s), boot, modules, snapshot (20 s). All of it is kept in ``.cache/lab``, named after its contents. From then on a lab
+is a fork of that snapshot, up in a second, with the checkout copied in as it is now.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import os
+import shlex
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import lab_parts as parts
+import pytest
+from lab_report import Report, read_junit
+
+import posada
+from posada.guest.binary import agent_binary
+
+#: Python for posada, QEMU to compare with, qemu-utils to check disk images, the kernel's headers to compare numbers with.
+PACKAGES = ("python3", "qemu-system-x86", "qemu-utils", "linux-libc-dev")
+#: Images for the inner guests, and the releases whose kernel packages are there too.
+IMAGES = ("debian:12", "debian:13")
+SUITES = ("bookworm", "trixie")
+
+CPUS = int(os.environ.get("POSADA_LAB_CPUS", "2"))
+MEMORY = os.environ.get("POSADA_LAB_MEMORY", "3GiB")
+READY = "ready"
+
+#: Where things are in the lab.
+TREE, PYTHON, HOME, DATA = "/posada", "/python", "/var/lib/posada", "/data"
+ENVIRONMENT = {
+    "PYTHONPATH": f"{TREE}/src:{PYTHON}",
+    "POSADA_HOME": HOME,
+    "POSADA_TEST_HOME": HOME,
+    "POSADA_RUNTIME": "/run/posada",
+    "POSADA_LAB": DATA,  # says to tests that they are inside, and where kernels are
+    "HYPOTHESIS_STORAGE_DIRECTORY": "/run/hypothesis",
+}
+
+#: Done once, before the snapshot. Modules are loaded here: the agent, which is init, loads only those of the boot.
+SETUP = f"""
+set -e
+modprobe kvm_amd 2>/dev/null || modprobe kvm_intel
+for module in tun vhost_net vhost_vsock; do modprobe $module; done
+test -c /dev/kvm
+mkdir -p {DATA} {HOME}/images /run/posada
+chmod 700 {HOME} /run/posada
+mount -o ro /dev/vdb {DATA}
+for image in {DATA}/images/*; do ln -s "$image" {HOME}/images/; done
+python3 -m compileall -q -j 0 {PYTHON} || true
+"""
+
+#: Done with each checkout: the inner home learns of the images, so that no test builds one.
+LOADED = """
+import posada
+with posada.connect() as host:
+    host.recover(rebuild=True)
+    names = sorted(name for image in host.images.list() for name in image.names)
+    assert names, "the lab has no images"
+    print(*names)
+"""
+
+Say = Callable[[str], None]
+
+
+class NoLab(Exception):
+    """This computer cannot have a lab; the text says why."""
+
+
+class Lab:
+    """A running lab. `fork` gives another one just like it."""
+
+    def __init__(self, vm: posada.VM) -> None:
+        self.vm = vm
+
+    @contextlib.contextmanager
+    def fork(self) -> Iterator[Lab]:
+        """A lab of its own for whoever might break it."""
+        (vm,) = self.vm.fork(1)
+        with vm:
+            yield Lab(vm)
+
+    def load(self) -> None:
+        """Copy the checkout in, as it is now."""
+        self.vm.shell(f"rm -rf {TREE}", check=True)
+        self.vm.files.write_tar(TREE, [parts.checkout()])
+        self.run("python3", "-c", LOADED, timeout=60)
+
+    def run(self, *argv: str, timeout: float = 120, env: Mapping[str, str] | None = None) -> str:
+        """Standard output of a command that must succeed; its working directory is the checkout."""
+        result = self.vm.exec(*argv, cwd=TREE, env={**ENVIRONMENT, **(env or {})}, timeout=timeout, check=True)
+        return result.stdout
+
+    def pytest(self, *arguments: str, timeout: float, env: Mapping[str, str] | None = None) -> Report:
+        """Run a suite in the lab. Each inner test is printed; whether they passed is the report's to say.
+
+        Raises posada.Timeout when the suite takes longer than ``timeout`` seconds, after printing how far it came.
+        """
+        results = "/run/results.xml"
+        argv = [
+            "python3", "-m", "pytest", "-p", "no:cacheprovider", "-q", "--no-header", "--tb=short",
+            "-o", f"timeout={timeout:.0f}", f"--junitxml={results}", "-o", "junit_family=xunit1", *arguments,
+        ]  # fmt: skip
+        # To a file: a suite that hangs leaves what it has said.
+        script = f"exec {shlex.join(argv)} > /run/pytest.log 2>&1"
+        try:
+            result = self.vm.shell(script, cwd=TREE, env={**ENVIRONMENT, **(env or {})}, timeout=timeout)
+        except posada.Timeout:
+            print(self._log())
+            raise
+        found = read_junit(self.vm.files.read_bytes(results)) if self.vm.files.exists(results) else []
+        report = Report(found, exit_code=result.exit_code, output=self._log())
+        print(report.table())
+        return report
+
+    def _log(self) -> str:
+        return self.vm.files.read_text("/run/pytest.log", errors="replace")
+
+
+class Suite:
+    """Runs suites in a lab. Called with pytest's arguments; fails the outer test with what failed inside."""
+
+    def __init__(self, lab: Lab) -> None:
+        self.lab = lab
+        self.summaries: list[str] = []
+
+    def __call__(
+        self, *arguments: str, timeout: float, env: Mapping[str, str] | None = None, may_skip: str | None = None
+    ) -> Report:
+        """``may_skip``: see `Report.problems`."""
+        report = self.lab.pytest(*arguments, timeout=timeout, env=env)
+        self.summaries.append(report.summary())
+        problems = report.problems(may_skip=may_skip)
+        if problems:
+            pytest.fail(problems, pytrace=False)
+        return report
+
+
+@contextlib.contextmanager
+def labs(say: Say = print) -> Iterator[Lab]:
+    """A lab with the checkout in it, gone at the end. Raises NoLab."""
+    with house() as host:
+        parked = prepare(host, say)
+        (vm,) = parked.fork(1, snapshot=READY, ephemeral=True)
+        with vm:
+            lab = Lab(vm)
+            lab.load()
+            yield lab
+
+
+def places() -> tuple[Path, Path]:
+    """(home, runtime) of posada's state for labs: apart from any other, and the same for all who want labs at once."""
+    home = Path(os.environ.get("POSADA_LAB_HOME", parts.CACHE / "home"))
+    tag = hashlib.sha256(os.fsencode(home)).hexdigest()[:8]
+    return home, Path(tempfile.gettempdir(), f"posada-lab-{os.getuid()}-{tag}")
+
+
+@contextlib.contextmanager
+def house() -> Iterator[posada.Host]:
+    """The host that labs run on. Raises NoLab."""
+    home, runtime = places()
+    with posada.connect(home=home, runtime=runtime) as host:
+        can = host.capabilities("qemu")
+        try:
+            can.require(posada.Feature.NESTED)
+        except posada.Unsupported as error:
+            raise NoLab(f"no lab on this computer: {error.message}") from None
+        yield host
+
+
+def prepare(host: posada.Host, say: Say) -> posada.VM:
+    """The parked machine whose snapshot `READY` all labs are forks of; made if it is not there."""
+    with open(host.home / "preparing.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        host.recover()
+        base = _base_image(host, say)
+        python = parts.python_packages()
+        data = parts.data_disk([parts.image(host, ref) for ref in IMAGES], parts.kernels(SUITES))
+        agent = hashlib.sha256(agent_binary("x86_64").read_bytes()).hexdigest()
+        qemu = host.capabilities("qemu")
+        key = parts.digest(
+            base, python.name, data.parent.name, agent, CPUS, MEMORY, SETUP, qemu.version, qemu.accelerator
+        )
+        name = f"kvm-{key}"
+        for vm in host.vms.list():
+            if vm.name == name and any(s.name == READY for s in vm.snapshots):
+                return vm
+            if vm.name.startswith("kvm-") and not vm.spec.ephemeral:
+                vm.delete()  # of an older checkout, or half made
+        return _park(host, name, base, python, data, say)
+
+
+def _base_image(host: posada.Host, say: Say) -> str:
+    name = f"lab:{parts.digest(PACKAGES)}"
+    if not any(name in image.names for image in host.images.list()):
+        say("building the lab's image, once …")
+        host.images.build("debian:12", packages=PACKAGES, name=name)
+    return name
+
+
+def _park(host: posada.Host, name: str, image: str, python: Path, data: Path, say: Say) -> posada.VM:
+    say("booting the lab, once …")
+    began = time.monotonic()
+    disks = [{}, {"name": "data", "source": str(data), "readonly": True}]
+    vm = host.vms.create(image, name=name, engine="qemu", nested=True, cpus=CPUS, memory=MEMORY, disks=disks)
+    try:
+        vm.start(timeout=120)
+        vm.files.upload(python, PYTHON)
+        vm.shell(SETUP, check=True, timeout=300)
+        vm.snapshot(READY)
+        vm.kill()
+    except BaseException:
+        vm.delete()
+        raise
+    say(f"the lab was booted and saved in {time.monotonic() - began:.0f} s")
+    return vm

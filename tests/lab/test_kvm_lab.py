@@ -1,0 +1,19 @@
+"""The kvm engine where ``/dev/kvm`` is real: in a lab (see lab_kit.py). Each test here runs a suite in there."""
+
+from __future__ import annotations
+
+import pytest
+from lab_kit import Suite
+from lab_parts import ROOT
+
+pytestmark = pytest.mark.timeout(900)
+
+
+def test_hardware_runs_guests_in_the_lab(suite: Suite) -> None:
+    suite("tests/lab/inside/test_real_kvm.py", timeout=60)
+
+
+def test_kvm_on_the_kernels_own_terms(suite: Suite) -> None:
+    """The ioctl layer's tests, that run on any /dev/kvm, on one that is not emulated by its host."""
+    files = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("tests/unit/test_kvm_*.py"))
+    suite(*files, timeout=300)
