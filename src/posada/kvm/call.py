@@ -14,6 +14,8 @@ from posada.kvm.numbers import Ioctl
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
 
+_libc = ctypes.CDLL(None, use_errno=True)  # once: a forked child cannot afford it
+
 _HINTS = {
     errno.EACCES: "the user needs read and write access to /dev/kvm",
     errno.EBADF: "the descriptor is closed or not KVM's",
@@ -50,8 +52,7 @@ def call(fd: int, request: Ioctl, argument: int | WriteableBuffer = 0, detail: s
 
 def call_long(fd: int, request: Ioctl, argument: int) -> int:
     """`call` for an integer ≥ 2³¹: `fcntl.ioctl` takes a C int, which the kernel would see sign-extended."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.ioctl(fd, ctypes.c_ulong(request), ctypes.c_ulong(argument)) < 0:
+    if _libc.ioctl(fd, ctypes.c_ulong(request), ctypes.c_ulong(argument)) < 0:
         number = ctypes.get_errno()
         raise failure(request.name, OSError(number, os.strerror(number)))
     return 0

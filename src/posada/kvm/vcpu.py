@@ -40,6 +40,7 @@ class Vcpu:
         self.has_lapic = has_lapic
         """Its local APIC is in the kernel."""
         self._map = mmap.mmap(fd, mmap_size)
+        self._mmap_size = mmap_size
         self.kvm_run = memoryview(self._map)
         """struct kvm_run and the page of port I/O data behind it, shared with the kernel."""
         self._words = self.kvm_run.cast("I")

@@ -230,6 +230,11 @@ class Vm:
         """Take back what the rings' readers have collected. Returns how many entries."""
         return call(self.fd, Ioctl.RESET_DIRTY_RINGS)
 
+    def after_fork(self, fd: int) -> None:
+        """In a forked child: become ``fd``, an empty vm of its own, which the caller fills as this one was."""
+        self.close()
+        self.fd = fd
+
     def close(self) -> None:
         """Idempotent. The kernel keeps the vm until its vcpus are closed too."""
         fd, self.fd = self.fd, -1
