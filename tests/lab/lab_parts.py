@@ -1,4 +1,4 @@
-"""What is put into a lab: Python packages, Debian's kernels, images of guests, and this checkout. Each is made once, by content."""
+"""What is put into a lab: Python packages, kernels, images of guests, and this checkout. Each is made once, by content."""
 
 from __future__ import annotations
 
