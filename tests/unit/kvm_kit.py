@@ -9,6 +9,7 @@ import ctypes
 import mmap
 import os
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +17,7 @@ import pytest
 
 from posada.kvm import System, Vcpu, Vm
 from posada.kvm.exits import ExitData
-from posada.vmm.vcpu import VcpuThread
+from posada.vmm.vcpu import Vcpus, VcpuThread
 
 NO_KVM = None if os.access("/dev/kvm", os.R_OK | os.W_OK) else "/dev/kvm cannot be opened for reading and writing"
 needs_kvm = pytest.mark.skipif(NO_KVM is not None, reason=str(NO_KVM))
@@ -199,3 +200,41 @@ class Ends:
     def wait(self, timeout: float = 10) -> ExitData | Exception:
         assert self._event.acquire(timeout=timeout), "no exit came"
         return self.seen[-1][1]
+
+
+class Running:
+    """A toy with its threads."""
+
+    def __init__(self, toy: Toy, pio: Any = None, mmio: Any = None, ends: Any = None) -> None:
+        self.toy = toy
+        self.pio, self.mmio = pio or RecordingBus(), mmio or RecordingBus()
+        self.ends = ends or Ends()
+        self.lock = threading.RLock()
+        self.vcpus = Vcpus(
+            VcpuThread(vcpu, i, self.pio, self.mmio, self.lock, self.ends) for i, vcpu in enumerate(toy.vcpus)
+        )
+
+    @property
+    def first(self) -> VcpuThread:
+        return self.vcpus.threads[0]
+
+    def __enter__(self) -> Running:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self.vcpus.stop()
+        self.toy.close()
+
+
+def counted(machine: Running) -> int:
+    return int.from_bytes(machine.toy.memory.read(0x500, 8), "little")
+
+
+def wait_until(condition: Callable[[], bool], what: str) -> None:
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.001)

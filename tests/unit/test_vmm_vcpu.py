@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import os
 import threading
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from kvm_kit import CODE, Ends, RecordingBus, Toy, enter_long_mode, needs_kvm
+from kvm_kit import CODE, RecordingBus, Running, Toy, counted, enter_long_mode, needs_kvm, wait_until
 
 from posada.errors import KvmError
 from posada.kvm import Exit, System
 from posada.kvm.exits import InternalError, Plain
-from posada.vmm.vcpu import State, Vcpus, VcpuThread
+from posada.vmm.vcpu import State
 
 pytestmark = needs_kvm
 
@@ -60,27 +59,6 @@ class Counter(RecordingBus):
         assert self.enough.wait(10), "the guest does not move"
 
 
-class Running:
-    """A toy with its threads; stopped at the end of the test."""
-
-    def __init__(self, toy: Toy, pio: Any = None, mmio: Any = None, ends: Any = None) -> None:
-        self.toy = toy
-        self.pio, self.mmio = pio or RecordingBus(), mmio or RecordingBus()
-        self.ends = ends or Ends()
-        self.lock = threading.RLock()
-        self.vcpus = Vcpus(
-            VcpuThread(vcpu, i, self.pio, self.mmio, self.lock, self.ends) for i, vcpu in enumerate(toy.vcpus)
-        )
-
-    @property
-    def first(self) -> VcpuThread:
-        return self.vcpus.threads[0]
-
-    def close(self) -> None:
-        self.vcpus.stop()
-        self.toy.close()
-
-
 @pytest.fixture
 def running() -> Iterator[Callable[..., Running]]:
     made: list[Running] = []
@@ -92,17 +70,6 @@ def running() -> Iterator[Callable[..., Running]]:
     yield make
     for machine in made:
         machine.close()
-
-
-def counted(machine: Running) -> int:
-    return int.from_bytes(machine.toy.memory.read(0x500, 8), "little")
-
-
-def wait_until(condition: Callable[[], bool], what: str) -> None:
-    deadline = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.001)
 
 
 def test_a_halt_without_an_irqchip_is_told_and_the_vcpu_stands(system: System, running: Any) -> None:

@@ -39,6 +39,8 @@ class Vcpu:
         """The MSRs that hold state on this host (`System.msr_indices`)."""
         self.has_lapic = has_lapic
         """Its local APIC is in the kernel."""
+        self.cpuid = b""
+        """What `set_cpuid` was given, as struct kvm_cpuid_entry2."""
         self._map = mmap.mmap(fd, mmap_size)
         self._mmap_size = mmap_size
         self.kvm_run = memoryview(self._map)
@@ -206,7 +208,7 @@ class Vcpu:
         call(self.fd, Ioctl.SET_DEBUGREGS, state)
 
     def get_cpuid(self) -> list[CpuidEntry]:
-        """What `set_cpuid` gave it."""
+        """What the guest sees: what `set_cpuid` was given, with the bits that follow its CR4 and APIC base."""
         buffer = bytearray(sizeof(CpuidHead) + 256 * sizeof(CpuidEntry))
         struct.pack_into("<I", buffer, 0, 256)
         call(self.fd, Ioctl.GET_CPUID2, buffer)
@@ -215,7 +217,8 @@ class Vcpu:
 
     def set_cpuid(self, entries: Sequence[CpuidEntry]) -> None:
         """What the guest's CPUID instruction says. Before the first `run`, and before any other state."""
-        call(self.fd, Ioctl.SET_CPUID2, bytearray(CpuidHead(nent=len(entries))) + b"".join(map(bytes, entries)))
+        self.cpuid = b"".join(map(bytes, entries))
+        call(self.fd, Ioctl.SET_CPUID2, bytearray(CpuidHead(nent=len(entries))) + self.cpuid)
 
     def get_tsc_khz(self) -> int:
         return call(self.fd, Ioctl.GET_TSC_KHZ)

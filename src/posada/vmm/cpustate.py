@@ -52,7 +52,7 @@ def save(vcpu: Vcpu) -> Document:
         "xsave": bytes(vcpu.get_xsave()),
         "xcrs": bytes(vcpu.get_xcrs()),
         "debugregs": bytes(vcpu.get_debugregs()),
-        "cpuid": b"".join(map(bytes, vcpu.get_cpuid())),
+        "cpuid": vcpu.cpuid,
         "tsc_khz": vcpu.get_tsc_khz(),
         "msrs": _save_msrs(vcpu),
     }

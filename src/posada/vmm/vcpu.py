@@ -81,11 +81,18 @@ class VcpuThread:
 
     ``on_exit`` is called on this thread, the lock held, for every exit but PIO, MMIO and INTR (HLT without an irqchip,
     SHUTDOWN, SYSTEM_EVENT, FAIL_ENTRY, INTERNAL_ERROR, DEBUG, unknown ones), and with the exception if a device or KVM
-    raised one. True: run on. False: park until `unpark`.
+    raised one. True: run on. False: park until `unpark`. ``begin`` is the first that the thread does (its jail).
     """
 
     def __init__(
-        self, vcpu: Vcpu, index: int, pio: Accessed, mmio: Accessed, lock: threading.RLock, on_exit: OnExit
+        self,
+        vcpu: Vcpu,
+        index: int,
+        pio: Accessed,
+        mmio: Accessed,
+        lock: threading.RLock,
+        on_exit: OnExit,
+        begin: Callable[[], object] = lambda: None,
     ) -> None:
         self.vcpu = vcpu
         self.index = index
@@ -100,6 +107,7 @@ class VcpuThread:
         self._lock = lock
         self._changed = threading.Condition(lock)
         self._on_exit = on_exit
+        self._begin = begin
         self._trace: deque[tuple[int, str]] | None = None
         self._thread = threading.Thread(target=self._main, name=f"vcpu{index}", daemon=True)
 
@@ -177,6 +185,7 @@ class VcpuThread:
 
     def _main(self) -> None:
         try:
+            self._begin()
             while self._may_run():
                 try:
                     self._step()
