@@ -97,11 +97,11 @@ class Loop:
         self.soon(self._stop)
 
     def after_fork(self) -> None:
-        """In a forked child: a new lock, epoll and wake-up, with the same watches and timers.
+        """In a forked child, before anything else touches the loop: a new epoll and wake-up, the same watches and timers.
 
-        The inherited epoll shares its registrations with the parent's, so it must not be changed, only closed.
+        The inherited epoll shares its registrations with the parent's, so it must not be changed, only closed. The lock
+        is still held by this thread, as it was when it forked, and nobody waits for it: the others do not exist.
         """
-        self.lock = threading.RLock()
         self._epoll.close()
         os.close(self._wakeup)
         watches, self._watches = self._watches, {}

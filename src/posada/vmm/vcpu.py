@@ -22,8 +22,8 @@ or the signal cuts it: a kick is never lost.
 waits for a vcpu to park waits on a Condition of that same lock, which gives the lock up meanwhile, however often it is
 held: a vcpu that waits for the lock inside an access can always finish it.
 
-*fork(2).* Fork in the main thread while every vcpu is PARKED. In the child their threads do not exist, and these objects
-are of no use (their locks, their kernel vm): make new ones.
+*fork(2).* Fork in the main thread while every vcpu is PARKED and the lock is held. In the child their threads do not
+exist; nobody else holds or waits for the lock; `after_fork` gives each object a thread again.
 """
 
 from __future__ import annotations
@@ -168,6 +168,12 @@ class VcpuThread:
             self.kick()
             self._changed.wait_for(lambda: self.state is State.STOPPED)
         self._thread.join()
+
+    def after_fork(self) -> None:
+        """In a forked child, which has no other thread: NEW again, on the vcpu as the child has remade it."""
+        self.state, self.wanted, self.held = State.NEW, Wanted.RUN, False
+        self._changed = threading.Condition(self._lock)
+        self._thread = threading.Thread(target=self._main, name=f"vcpu{self.index}", daemon=True)
 
     def trace(self, entries: int) -> None:
         """Keep the last ``entries`` exits for `traced`; 0 ends it."""
