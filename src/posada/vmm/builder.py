@@ -7,14 +7,15 @@ milliseconds on some hosts. The order of devices is part of the saved state's fo
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import count
+from functools import partial
 
 from posada.errors import SpecError
 from posada.kvm.numbers import Cap
 from posada.kvm.system import System
 from posada.runtime.console import Console, DescriptorLog
-from posada.vmm import layout
+from posada.vmm import jail, layout
 from posada.vmm.acpi import dsdt, tables
+from posada.vmm.block.chain import open_chain
 from posada.vmm.boot import cpu
 from posada.vmm.boot.load import load
 from posada.vmm.bus import Ignore
@@ -29,6 +30,8 @@ from posada.vmm.loop import Loop
 from posada.vmm.machine import Machine, Slot, new_kick
 from posada.vmm.memory import GuestMemory
 from posada.vmm.vcpu import Vcpus, VcpuThread
+from posada.vmm.virtio.balloon import Balloon
+from posada.vmm.virtio.blk import Blk
 from posada.vmm.virtio.device import Device
 from posada.vmm.virtio.mmio import MmioTransport
 from posada.vmm.virtio.rng import Rng
@@ -61,8 +64,8 @@ def prepare(config: MonitorConfig, memory: GuestMemory) -> Machine:
     add_console(machine)
     add_power(machine)
     add_clock(machine)
-    for index, device in enumerate(devices(config)):
-        add_virtio(machine, index, device)
+    for name, device in devices(config):
+        add_virtio(machine, name, device)
     return machine
 
 
@@ -76,21 +79,25 @@ def wire(machine: Machine) -> None:
     vm.create_irqchip()
     machine.connect()
     threads = []
+    begin = partial(jail.lock_vcpu, machine.config.jail)
     supported = machine.system.supported_cpuid()
     deadline = bool(machine.system.check(Cap.TSC_DEADLINE_TIMER))
     for index in range(machine.config.cpus):
         vcpu = vm.create_vcpu(index)
         vcpu.set_cpuid(guest_cpuid(supported, index, machine.config.cpus, tsc_deadline=deadline))
         vcpu.set_msrs({MTRR_DEF_TYPE: MTRR_WRITE_BACK})
-        threads.append(VcpuThread(vcpu, index, machine.pio, machine.mmio, machine.loop.lock, machine.exited))
+        threads.append(VcpuThread(vcpu, index, machine.pio, machine.mmio, machine.loop.lock, machine.exited, begin))
     machine.vcpus = Vcpus(threads)
 
 
-def devices(config: MonitorConfig) -> Iterator[Device]:
-    """Every virtio device, in the order of its address."""
-    yield Rng()
+def devices(config: MonitorConfig) -> Iterator[tuple[str, Device]]:
+    """Every virtio device and its name, in the order of its address."""
+    yield "rng", Rng()
+    yield "balloon", Balloon()
     if config.vsock is not None:
-        yield Vsock(config.vsock.cid, config.vsock.listeners, config.vsock.connect)
+        yield "vsock", Vsock(config.vsock.cid, config.vsock.listeners, config.vsock.connect)
+    for disk in config.disks:
+        yield f"disk:{disk.name}", Blk(open_chain(disk.chain, disk.size, disk.readonly), disk.name)
 
 
 def add_console(machine: Machine) -> None:
@@ -117,18 +124,19 @@ def add_clock(machine: Machine) -> None:
     machine.pio.add(layout.RTC_PORT, 2, machine.rtc)
 
 
-def add_virtio(machine: Machine, index: int, device: Device) -> None:
+def add_virtio(machine: Machine, name: str, device: Device) -> None:
     """Put ``device`` behind a transport in the next slot. Raises SpecError when there is none left."""
-    if index >= MAX_SLOTS:
-        raise SpecError("", f"more than {MAX_SLOTS} devices")
+    index = len(machine.slots)
+    if index >= MAX_SLOTS or name in machine.slots:
+        raise SpecError("", f"{name!r} is there already, or one device more than {MAX_SLOTS}")
+    device.name = name
     address = layout.VIRTIO_MMIO + index * layout.VIRTIO_MMIO_SIZE
     line = Line(layout.VIRTIO_GSIS[index % len(layout.VIRTIO_GSIS)])
     slot = Slot(MmioTransport(device, machine.memory, line, machine.loop), address, line)
     for queue in range(len(device.queue_sizes)):
         slot.kicks.append(new_kick())
         slot.transport.watch_kicks(queue, slot.kicks[queue])
-    names = (device.name if not n else f"{device.name}{n}" for n in count())
-    machine.slots[next(name for name in names if name not in machine.slots)] = slot
+    machine.slots[name] = slot
     machine.mmio.add(address, layout.VIRTIO_MMIO_SIZE, slot.transport)
 
 

@@ -92,14 +92,9 @@ class Life:
         self._arm()
 
     def started(self) -> None:
-        """Tell the starter that the vcpus run. It learns our pid from this."""
+        """Tell the starter that the machine is there. It learns our pid from this."""
         if self._starter is not None:
             self._starter.tell(b"ok %d\n" % os.getpid())
-
-    def failed(self, problem: str) -> None:
-        """Tell the starter that there will be no machine."""
-        if self._starter is not None:
-            self._starter.tell(f"error {problem}\n".encode(errors="replace"))
 
     def disown(self) -> None:
         """The machine outlives its owner. Idempotent."""
@@ -122,8 +117,10 @@ class Life:
 
     def end(self, reason: str, *, crashed: bool = False, detail: str = "") -> None:
         """From any thread. ``detail``: what a person needs to find out why."""
+        if detail:
+            self.note(detail)
         if not self._reason:
-            self._reason, self._crashed, self._detail = reason, crashed, detail
+            self._reason, self._crashed = reason, crashed
         self._loop.stop()
 
     def finish(self) -> None:
@@ -145,7 +142,7 @@ class Life:
             os.close(self._config.starter)
         for fd in {self._config.lock, self._config.status, self._config.activity, self._exit} - {-1}:
             os.close(fd)
-        self._reason, self._crashed, self._detail = "", False, ""
+        self._reason, self._crashed = "", False
         self._adopt(config, exit)
 
     def _arm(self) -> None:

@@ -33,6 +33,7 @@ from posada.vmm import cpustate, layout, state, vmstate
 from posada.vmm.acpi.tables import generation_bytes
 from posada.vmm.bus import Bus
 from posada.vmm.config import MonitorConfig
+from posada.vmm.control import Control
 from posada.vmm.irq import Line
 from posada.vmm.legacy.power import Event, PowerRegisters
 from posada.vmm.legacy.rtc import Rtc
@@ -40,6 +41,7 @@ from posada.vmm.legacy.serial import Serial
 from posada.vmm.life import Life
 from posada.vmm.loop import Loop
 from posada.vmm.memory import GuestMemory
+from posada.vmm.pagemap import Run
 from posada.vmm.vcpu import Vcpus, VcpuThread
 from posada.vmm.virtio.mmio import MmioTransport
 
@@ -95,6 +97,7 @@ class Machine:
     console: Console
     serial: Serial
     power: PowerRegisters
+    control: Control
 
     def __init__(self, config: MonitorConfig, system: System, loop: Loop, memory: GuestMemory) -> None:
         self.config = config
@@ -109,6 +112,8 @@ class Machine:
         """Interrupt lines of what is not virtio, by device name."""
         self.slots: dict[str, Slot] = {}
         """Virtio devices by name, in the order of their addresses."""
+        self.layers: tuple[tuple[Run, ...], ...] | None = None
+        """What it stands on: the runs of the upper memory files (`posada.vmm.snapshot`). None: on no file."""
         self._clock: ClockData | None = None
 
     # Its life.
@@ -138,7 +143,7 @@ class Machine:
             if self._clock is not None:
                 self.vm.set_clock(ClockData(clock=self._clock.clock))
             for thread in self.vcpus.threads:
-                thread.vcpu.kvmclock_ctrl()
+                cpustate.tell_paused(thread.vcpu)
             self.vcpus.resume()
             self.life.paused(False)
 
@@ -246,7 +251,7 @@ class Machine:
                 self.vm.ioeventfd(kick, slot.address + QUEUE_NOTIFY, 4, datamatch=index)
 
     def after_fork(self) -> None:
-        """In a forked child: eventfds of its own. The loop's `after_fork` comes after this, a new vm next."""
+        """In a forked child: eventfds of its own. After the loop's `after_fork`: its old epoll is the parent's too."""
         for line in [*self.lines.values(), *(slot.line for slot in self.slots.values())]:
             line.after_fork()
         for slot in self.slots.values():

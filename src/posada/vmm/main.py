@@ -1,7 +1,8 @@
 """The monitor's process: ``python -I -S main.py FD``, where FD holds the machine's `MonitorConfig` as CBOR.
 
-Exit status: 0 when the machine ran, 1 when it could not be made (the reason is on stderr and with the starter), 2 for a
-misuse. How the machine ended is in the exit record.
+Given a starter (`posada.vmm.life`), it leaves its parent behind and answers on that socket. Exit status: 0 when the
+machine ran, 1 when it could not be made (the reason is on stderr and with the starter), 2 for a misuse. How the machine
+ended is in the exit record.
 """
 
 from __future__ import annotations
@@ -14,9 +15,13 @@ if __name__ == "__main__":  # -I: not even our own package is on the path
 
 from posada.errors import PosadaError
 from posada.proto import cbor
+from posada.runtime import ending
+from posada.vmm import jail, process
 from posada.vmm.builder import build
 from posada.vmm.config import MonitorConfig
+from posada.vmm.control import Control
 from posada.vmm.machine import Machine
+from posada.vmm.verbs import Verbs
 
 MAX_CONFIG = 1 << 20
 
@@ -25,12 +30,30 @@ def main(argv: list[str]) -> int:
     """Run one machine until it ends."""
     if len(argv) != 2 or not argv[1].isdecimal():
         return _complain("usage: main.py FD", 2)
+    starter = -1
     try:
-        machine = build(read_config(int(argv[1])))
+        config = read_config(int(argv[1]))
+        starter = config.life.starter
+        if starter >= 0:
+            process.daemonize()
+        machine = build(config)
+        settle(machine)
     except (PosadaError, OSError, cbor.CborError) as error:
+        process.refuse(starter, error)
         return _complain(f"cannot make the machine: {error}", 1)
     run(machine)
     return 0
+
+
+def settle(machine: Machine) -> None:
+    """Into the jail, with the last door open: the control socket. Raises OSError."""
+    config = machine.config
+    process.settle(machine.life, lambda: machine.end(ending.KILLED))
+    gone = jail.enter(config.jail)
+    verbs = Verbs(machine, gone)
+    machine.control = Control(machine.loop, config.control, verbs.handlers(), machine.life.note)
+    process.warm()
+    gone += jail.lock_main(config.jail)
 
 
 def read_config(fd: int) -> MonitorConfig:
