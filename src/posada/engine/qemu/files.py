@@ -9,50 +9,16 @@ import stat
 from pathlib import Path
 
 from posada.engine.base import Launch
-from posada.engine.qemu.qmp import unix_socket
-from posada.errors import EngineError, HostError, ImageError
+from posada.engine.common.files import listen, open_file, reopen
+from posada.errors import EngineError
+
+__all__ = ["Descriptors", "clear", "listen", "open_file", "reopen"]
 
 #: Files of an earlier run of the same vm, and of this one, in the runtime directory.
 LEFTOVERS = (
     "qmp.sock", "console.sock", "exit.json", ".exit.json", "paused", "kill", "disowned", "activity", "keeper.pid",
     "running.json", ".running.json",
 )  # fmt: skip
-
-
-def open_file(path: Path, *, writable: bool) -> int:
-    """A regular file or block device. Raises HostError, ImageError."""
-    try:
-        fd = os.open(path, (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC | os.O_NONBLOCK)
-    except OSError as error:
-        raise HostError(f"cannot open {path}: {error.strerror}") from error
-    mode = os.fstat(fd).st_mode
-    if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
-        os.close(fd)
-        raise ImageError(f"{path} is neither a file nor a block device")
-    return fd
-
-
-def reopen(fd: int, flags: int) -> int:
-    """A second open file description of the same file: an offset and an access mode of its own."""
-    return os.open(f"/proc/self/fd/{fd}", flags | os.O_CLOEXEC)
-
-
-def listen(path: Path) -> int:
-    """A listening unix socket that only the owner of ``path``'s directory may connect to."""
-    with contextlib.suppress(FileNotFoundError):
-        os.unlink(path)
-    sock, address, directory = unix_socket(path)
-    try:
-        sock.bind(address)
-        os.chmod(path, 0o600)  # before listen: nobody can connect earlier
-        sock.listen(8)
-        return sock.detach()
-    except OSError as error:
-        sock.close()
-        raise HostError(f"cannot listen on {path}: {error.strerror}") from error
-    finally:
-        if directory is not None:
-            os.close(directory)
 
 
 def clear(runtime: Path) -> None:

@@ -5,16 +5,13 @@ The answer costs 0.1 s, so it is kept in the runtime directory; a new boot, anot
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 import shutil
-import stat
 import subprocess
 from pathlib import Path
 
-import msgspec
-
+from posada.engine.common import facts as common
 from posada.engine.common.kvm import kvm_nests, kvm_rate
 from posada.errors import HostError
 
@@ -23,11 +20,9 @@ MIN_VERSION = (7, 2)
 _CACHE = "qemu-probe.json"
 
 
-class Facts(msgspec.Struct, frozen=True, kw_only=True):
+class Facts(common.Facts, frozen=True, kw_only=True):
     """What was measured of this host."""
 
-    key: str
-    """Boot, binary and user these facts hold for."""
     binary: str
     version: str
     accelerator: str
@@ -52,26 +47,15 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True):
         return "pc-i440fx-" + ".".join(self.version.split(".")[:2])
 
 
-def default_runtime() -> Path:
-    """Where the cache is when nobody says: as the host's own runtime directory."""
-    given = os.environ.get("POSADA_RUNTIME")
-    if given:
-        return Path(given)
-    if os.geteuid() == 0:
-        return Path("/run/posada")
-    base = os.environ.get("XDG_RUNTIME_DIR")
-    return Path(base) / "posada" if base else Path(f"/tmp/posada-{os.geteuid()}")
-
-
 def facts(runtime: Path | None = None) -> Facts:
     """Measured, or remembered. Raises HostError when there is no usable QEMU."""
     binary = find_binary()
     key = _key(binary)
-    cache = (runtime or default_runtime()) / _CACHE
-    found = _read(cache, key)
+    cache = (runtime or common.default_runtime()) / _CACHE
+    found = common.recall(cache, key, Facts)
     if found is None:
         found = _measure(binary, key)
-        _write(cache, found)
+        common.remember(cache, found)
     return found
 
 
@@ -86,36 +70,7 @@ def find_binary() -> str:
 
 def _key(binary: str) -> str:
     info = os.stat(binary)
-    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    return f"2 {boot} {binary} {info.st_mtime_ns} {info.st_size} {os.geteuid()}"
-
-
-def _private(directory: Path) -> bool:
-    """Only we can write there: nobody else may tell us what to run."""
-    try:
-        info = os.stat(directory)
-    except OSError:
-        return False
-    return stat.S_ISDIR(info.st_mode) and info.st_uid == os.geteuid() and not info.st_mode & 0o022
-
-
-def _read(cache: Path, key: str) -> Facts | None:
-    if not _private(cache.parent):
-        return None
-    try:
-        found = msgspec.json.decode(cache.read_bytes(), type=Facts)
-    except (OSError, msgspec.MsgspecError):
-        return None
-    return found if found.key == key else None
-
-
-def _write(cache: Path, found: Facts) -> None:
-    with contextlib.suppress(OSError):
-        cache.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if _private(cache.parent):
-            temporary = cache.with_name(f".{cache.name}.{os.getpid()}")
-            temporary.write_bytes(msgspec.json.encode(found))
-            os.replace(temporary, cache)
+    return f"2 {common.boot_id()} {binary} {info.st_mtime_ns} {info.st_size} {os.geteuid()}"
 
 
 def _measure(binary: str, key: str) -> Facts:

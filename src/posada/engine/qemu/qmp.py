@@ -10,13 +10,13 @@ import asyncio
 import contextlib
 import logging
 import os
-import socket
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 from qemu.qmp import ExecuteError, QMPClient, QMPError
 
+from posada.engine.common.files import unix_socket
 from posada.errors import EngineError, EngineGone
 
 #: Seconds within which QEMU answers a command that does no I/O; far above what a loaded host needs.
@@ -85,18 +85,6 @@ class Session:
     async def _close(self) -> None:
         with contextlib.suppress(Exception):
             await asyncio.wait_for(self._client.disconnect(), 1.0)
-
-
-def unix_socket(path: Path) -> tuple[socket.socket, str, int | None]:
-    """A socket, and an address for ``path`` that fits ``sun_path`` (107 bytes): by a descriptor of its directory if long.
-
-    The descriptor, if any, is to be closed after bind or connect.
-    """
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    if len(os.fsencode(path)) <= 107:
-        return sock, str(path), None
-    directory = os.open(path.parent, os.O_PATH | os.O_CLOEXEC)
-    return sock, f"/proc/self/fd/{directory}/{path.name}", directory
 
 
 @contextlib.asynccontextmanager
