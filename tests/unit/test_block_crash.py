@@ -166,8 +166,8 @@ def test_every_point_of_a_recording(
         model.extend(bytes(size - len(model)))
         qemu_img("resize", "-q", path, str(size))
         disk = open_disk(path)
-        model[: 1700 * KIB] = pattern(1700 * KIB, 5)
-        write(disk, 0, bytes(model[: 1700 * KIB]))
+        model[: 1950 * KIB] = pattern(1950 * KIB, 5)
+        write(disk, 0, bytes(model[: 1950 * KIB]))
         disk.close()
     start, first = path.read_bytes(), bytes(model)
 
@@ -197,11 +197,12 @@ def test_every_point_of_a_recording(
         # QEMU looks at a sample: it takes 15 ms.
         examine = ROUNDS > 1 or chance.random() < 30 / len(tape.events)
         survives(bytes(image), allowed, f"killed after event {number}", examine)
-        if since:
+        header = any(kind == "write" and offset < SECTOR for kind, offset, _ in since)
+        for _ in range(8 if header else bool(since)):
             after = bytearray(synced)
             for piece in torn(chance, since):
                 apply(after, piece)
-            survives(bytes(after), allowed, f"power cut after event {number}", examine)
+            survives(bytes(after), allowed, f"power cut after event {number}", examine or header)
         if number == len(tape.events):
             break
         apply(image, tape.events[number])
