@@ -54,6 +54,9 @@ GENERAL_FEATURES = INDIRECT_DESC | EVENT_IDX | VERSION_1
 MAX_REPORTS = 16
 """Failures of one device that stderr hears of; a guest can make any number."""
 
+MAX_REASON = 300
+"""Characters of `Transport.reason`."""
+
 USED_BUFFER = 1  # interrupt status, section 4.2.2
 CONFIG_CHANGE = 2
 
@@ -156,7 +159,7 @@ class Transport:
         """Section 2.1.2: the device can't go on. It does nothing more until the driver resets it."""
         if self.status & STOPPED:
             return
-        self.reason = reason
+        self.reason = reason[:MAX_REASON]
         self.failures += 1
         self._stop(Status.NEEDS_RESET)
         if self.failures <= MAX_REPORTS:
@@ -201,6 +204,7 @@ class Transport:
             "acked": self.acked,
             "interrupt_status": self.interrupt_status,
             "generation": self.generation,
+            "reason": self.reason,
             "queues": [queue.save() for queue in self.queues],
             "device": self.device.save(),
         }
@@ -236,6 +240,7 @@ class Transport:
         self.status = status
         self.interrupt_status = state.integer(document, "interrupt_status", 0, USED_BUFFER | CONFIG_CHANGE)
         self.generation = state.integer(document, "generation", 0, 0xFFFF_FFFF)
+        self.reason = state.text(document, "reason", MAX_REASON)
         self.active = bool(status & Status.DRIVER_OK) and not status & STOPPED
         self.device.load(state.child(document, "device"))
         if self.active:
