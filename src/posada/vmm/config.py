@@ -7,7 +7,9 @@ checks types and bounds. The monitor opens nothing by path, so every file and so
 from __future__ import annotations
 
 import enum
-from dataclasses import asdict, dataclass, field
+import os
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from posada.vmm import state
@@ -144,6 +146,7 @@ class MonitorConfig:
     cpus: int
     memory: int
     kvm: int
+    """-1 only for a machine that is forked, and has its parent's."""
     control: int = -1
     exit: int = -1
     kernel: int = -1
@@ -171,6 +174,47 @@ class MonitorConfig:
         document["disks"], document["nics"] = list(document["disks"]), list(document["nics"])
         return document
 
+    def relocated(self, take: Callable[[int], int]) -> MonitorConfig:
+        """The same with ``take(fd)`` in place of each descriptor: of a document whose descriptors came by a socket."""
+
+        def at(fd: int) -> int:
+            return take(fd) if fd >= 0 else -1
+
+        console, life, vsock = self.console, self.life, self.vsock
+        if vsock is not None:
+            doors = tuple((port, at(fd)) for port, fd in vsock.listeners)
+            vsock = replace(vsock, listeners=doors, connect=at(vsock.connect))
+        return replace(
+            self,
+            kvm=at(self.kvm),
+            control=at(self.control),
+            exit=at(self.exit),
+            kernel=at(self.kernel),
+            initrd=at(self.initrd),
+            disks=tuple(replace(disk, chain=tuple((at(fd), kind) for fd, kind in disk.chain)) for disk in self.disks),
+            nics=tuple(replace(nic, fd=at(nic.fd)) for nic in self.nics),
+            vsock=vsock,
+            console=replace(console, listener=at(console.listener), log=at(console.log), log_old=at(console.log_old)),
+            life=replace(
+                life,
+                starter=at(life.starter),
+                lock=at(life.lock),
+                status=at(life.status),
+                activity=at(life.activity),
+                owner=at(life.owner),
+            ),
+            jail=replace(self.jail, root=at(self.jail.root)),
+        )
+
+    def close(self) -> None:
+        """Close every descriptor in it: for a machine that is not made here."""
+
+        def shut(fd: int) -> int:
+            os.close(fd)
+            return -1
+
+        self.relocated(shut)
+
     @classmethod
     def from_dict(cls, d: state.Document) -> MonitorConfig:
         """Raises StateError, naming the key that is wrong."""
@@ -183,7 +227,7 @@ class MonitorConfig:
             name=state.text(d, "name", 256),
             cpus=state.integer(d, "cpus", 1, MAX_CPUS),
             memory=memory,
-            kvm=state.integer(d, "kvm", 0, MAX_FD),
+            kvm=state.integer(d, "kvm", -1, MAX_FD),
             **descriptors,
             append=state.text(d, "append", 1 << 16, ""),
             hugepages=state.boolean(d, "hugepages", False),
