@@ -205,7 +205,8 @@ def test_the_dirty_log_names_the_pages_written(system: System) -> None:
     regs.rip = CODE
     toy.vcpu.set_regs(regs)
     assert toy.vcpu.run() == Exit.HLT
-    assert pages(toy.vm.dirty_log(0)) == {0x20, 0x35}
+    tables = {4, 5, 6, 7}  # their accessed bits, where the processor walks them itself
+    assert pages(toy.vm.dirty_log(0)) - tables == {0x20, 0x35}
     toy.vm.set_memory(0, 0, 0, 0)
     assert toy.vm.dirty_log(0) == b""
     toy.close()
@@ -267,19 +268,20 @@ def test_single_step_and_breakpoints(system: System) -> None:
     assert isinstance(what, DebugExit)
     assert (what.exception, what.pc) == (1, CODE + 8)
     toy.vcpu.set_guest_debug(GuestDebug.ENABLE | GuestDebug.USE_HW_BP, [CODE + 16, 0, 0, 0, 0, 0, 0, 0x402])
-    assert toy.vcpu.run() == Exit.DEBUG
-    assert toy.vcpu.get_regs().rip == CODE + 16
+    reason = toy.vcpu.run()
+    rip = toy.vcpu.get_regs().rip
     toy.close()
+    if reason == Exit.HLT:
+        pytest.skip("this processor has no hardware breakpoints for guests (QEMU's emulated SVM)")
+    assert (reason, rip) == (Exit.DEBUG, CODE + 16)
 
 
 def test_a_triple_fault_is_reported_with_the_bytes_at_rip(system: System) -> None:
-    """ud2 without handlers: SHUTDOWN, or an internal error on a host that gives up earlier."""
+    """ud2 without handlers: SHUTDOWN, or an internal error on a host that gives up earlier. AMD resets the registers."""
     toy = Toy(system, bytes.fromhex("48c7c0341200000f0b"), long_mode=True)
     assert toy.vcpu.run() in (Exit.SHUTDOWN, Exit.INTERNAL_ERROR)
     text = report(toy.vcpu, toy.memory)
     assert text.startswith("vcpu 0: ")
-    assert "cr3 0000000000004000" in text.replace("  ", " ")
-    assert "64-bit" in text
     assert "code at" in text
     toy.close()
 
@@ -294,6 +296,8 @@ def test_an_internal_error_says_what_could_not_be_emulated(system: System) -> No
     assert reason == Exit.INTERNAL_ERROR
     text = report(toy.vcpu, toy.memory)
     assert "INTERNAL_ERROR" in text
+    assert "cr3 0000000000004000" in text
+    assert "64-bit" in text
     assert "00000000feedface" in text
     assert "code at 0xd0000000" in text
     toy.close()
@@ -323,7 +327,7 @@ def test_state_of_every_kind_comes_back_as_it_was_set(system: System) -> None:
     clock.clock, clock.flags = 10**15, 0
     toy.vm.set_clock(clock)
     assert 10**15 <= toy.vm.get_clock().clock < 10**15 + 10**10
-    assert len(vcpu.get_cpuid()) == len(system.supported_cpuid())
+    assert [entry.function for entry in vcpu.get_cpuid()] == [entry.function for entry in system.supported_cpuid()]
     vcpu.nmi()
     assert vcpu.get_vcpu_events().nmi_pending or vcpu.get_vcpu_events().nmi_injected
     toy.close()

@@ -209,10 +209,9 @@ class Vcpu:
 
     def get_cpuid(self) -> list[CpuidEntry]:
         """What the guest sees: what `set_cpuid` was given, with the bits that follow its CR4 and APIC base."""
-        buffer = bytearray(sizeof(CpuidHead) + 256 * sizeof(CpuidEntry))
-        struct.pack_into("<I", buffer, 0, 256)
+        count = len(self.cpuid) // sizeof(CpuidEntry)  # kernels up to 6.x do not say it, despite API 4.42
+        buffer = bytearray(CpuidHead(nent=count)) + bytearray(len(self.cpuid))
         call(self.fd, Ioctl.GET_CPUID2, buffer)
-        (count,) = struct.unpack_from("<I", buffer)
         return [CpuidEntry.from_buffer_copy(buffer, 8 + i * sizeof(CpuidEntry)) for i in range(count)]
 
     def set_cpuid(self, entries: Sequence[CpuidEntry]) -> None:
