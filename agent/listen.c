@@ -20,6 +20,17 @@ static void door_ready(struct watch *w, uint32_t events)
 		close(fd);
 }
 
+/* Only the host is served: any process of the guest could connect here too (by loopback), and would be root. */
+static void vsock_ready(struct watch *w, uint32_t events)
+{
+	struct sockaddr_vm peer = {0};
+	socklen_t size = sizeof peer;
+	(void)events;
+	int fd = accept4(w->fd, (struct sockaddr *)&peer, &size, SOCK_CLOEXEC | SOCK_NONBLOCK);
+	if (fd >= 0 && (peer.svm_cid != VMADDR_CID_HOST || !link_open(fd, false)))
+		close(fd);
+}
+
 int listen_open(const char *path)
 {
 	struct sockaddr_un address = {.sun_family = AF_UNIX};
@@ -63,7 +74,7 @@ int listen_vsock(unsigned port)
 		close(fd);
 		return -error;
 	}
-	vsock_door = (struct watch){.fd = fd, .ready = door_ready};
+	vsock_door = (struct watch){.fd = fd, .ready = vsock_ready};
 	watch_set(&vsock_door, EPOLLIN);
 	knock(port);
 	return 0;

@@ -5,7 +5,7 @@
 /* Makes the socket (an old one of that name is removed) and serves who connects. Returns 0 or -errno. */
 int listen_open(const char *path);
 
-/* Serves who connects to that vsock port. Returns 0 or -errno. */
+/* Serves the host on that vsock port. Returns 0 or -errno. */
 int listen_vsock(unsigned port);
 
 #endif

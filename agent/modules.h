@@ -1,4 +1,7 @@
-/* Kernel modules of the initramfs: /modules/order names them in the order they load, one path a line. */
+/*
+ * Kernel modules of the initramfs: /modules/order names them in the order they load, one path a line. Behind the path may be
+ * aliases (as in modules.alias), of which one must be that of a device that is there.
+ */
 #ifndef POSADA_MODULES_H
 #define POSADA_MODULES_H
 

@@ -18,7 +18,7 @@ from posada.images.cpio import CpioWriter
 from posada.images.initramfs import build_initramfs
 from posada.images.initrd import InitrdCache, pack_modules, unpack_modules
 from posada.images.kernel import extract_vmlinux, has_pvh_note
-from posada.images.modules import boot_modules, load_order, modinfo_depends, parse_modules_dep
+from posada.images.modules import boot_modules, conditions, load_order, modinfo_depends, parse_modules_dep
 
 
 def read_cpio(archive: bytes) -> dict[str, tuple[int, bytes]]:
@@ -183,10 +183,11 @@ def test_notes_are_searched_within_bounds() -> None:
     assert not has_pvh_note(bytes(lying))
 
 
-def make_module(depends: str) -> bytes:
+def make_module(depends: str, *aliases: str) -> bytes:
     """An ELF64 relocatable file with a .modinfo section."""
     names = b"\0.modinfo\0.shstrtab\0"
     info = b"license=GPL\0depends=" + depends.encode() + b"\0vermagic=6.1\0"
+    info += b"".join(b"alias=" + alias.encode() + b"\0" for alias in aliases)
     header = b"\x7fELF\x02\x01\x01".ljust(16, b"\0")
     at = 64 + len(info) + len(names)
     header += struct.pack("<HHIQQQIHHHHHH", 1, 62, 1, 0, 0, at, 0, 64, 0, 0, 64, 3, 2)
@@ -245,6 +246,27 @@ def test_a_corrupt_module_is_an_image_error(data: bytes) -> None:
 def test_dependencies_are_read_from_the_module() -> None:
     assert modinfo_depends(make_module("a,b-c")) == ["a", "b_c"]
     assert modinfo_depends(make_module("")) == []
+
+
+def test_modules_are_loaded_for_the_devices_that_are_there() -> None:
+    modules = [
+        ("virtio.ko", make_module("")),
+        ("modern.ko", make_module("")),
+        ("virtio_pci.ko", make_module("virtio,modern", "pci:v00001AF4d*sv*sd*bc*sc*i*")),
+        ("virtio_mmio.ko", make_module("virtio", "of:N*T*Cvirtio,mmio", "acpi*:LNRO0005:*")),
+        ("common.ko", make_module("")),
+        ("vsock.ko", make_module("common,virtio", "virtio:d00000013v*", "net-pf-40")),
+        ("rng.ko", make_module("virtio,common", "virtio:d00000004v*")),
+        ("virtio-blk.ko", make_module("virtio", "virtio:d00000002v*")),
+        ("tcp_diag.ko", make_module("", "net-pf-16-proto-4-type-2-6")),
+        ("broken.ko", b"\x7fELF"),
+    ]
+    mmio = ["of:N*T*Cvirtio,mmio", "acpi*:LNRO0005:*"]
+    pci, vsock, rng = ["pci:v00001AF4d*sv*sd*bc*sc*i*"], ["virtio:d00000013v*"], ["virtio:d00000004v*"]
+    assert conditions(modules) == [[], pci, pci, mmio, rng + vsock, vsock, rng, [], [], []]
+    order = read_cpio(build_initramfs(b"agent", modules))["modules/order"][1].decode().splitlines()
+    assert order[0] == "/modules/virtio.ko"
+    assert order[3] == "/modules/virtio_mmio.ko of:N*T*Cvirtio,mmio acpi*:LNRO0005:*"
 
 
 def test_packed_modules_keep_their_order_and_bytes(tmp_path: Path) -> None:

@@ -19,11 +19,15 @@ from posada.errors import ImageError
 
 #: What every boot needs. Console and disk come first: the agent answers, and the root is mounted, while the rest loads.
 #: tcp_diag is loaded only by forks that have inherited connections to destroy; the agent leaves it out at boot.
-#: vsock is the kvm engine's channel to the agent, which leaves these out elsewhere.
+#: What the machine has no device for is left out by the agent (`conditions`).
 BOOT = (
     "virtio_pci", "virtio_mmio", "virtio_console", "vmw_vsock_virtio_transport", "virtio_blk", "virtio_net", "virtio_rng",
     "virtio_balloon", "tcp_diag",
 )  # fmt: skip
+
+_PLUGGED = ("virtio_blk", "virtio_net")
+_DEVICES = ("virtio:", "pci:", "acpi", "of:")
+"""What aliases of devices begin with, as far as the agent knows the bus."""
 
 MAX_MODULE = 64 << 20
 _SUFFIXES = ("", ".xz", ".gz", ".zst")
@@ -110,7 +114,12 @@ def decompress_module(data: bytes, path: str) -> bytes:
 
 
 def modinfo_depends(elf: bytes) -> list[str]:
-    """The ``depends=`` entry of a module's ``.modinfo`` section (ELF64, little-endian). Raises ImageError."""
+    """The modules a module names in its ``depends=``. Raises ImageError for a corrupt one."""
+    return [d.replace("-", "_") for text in modinfo(elf, "depends") for d in text.split(",") if d]
+
+
+def modinfo(elf: bytes, key: str) -> list[str]:
+    """The entries ``key=`` of a module's ``.modinfo`` section (ELF64, little-endian). Raises ImageError."""
     try:
         (sections,) = struct.unpack_from("<Q", elf, 40)
         size, count, names_index = struct.unpack_from("<HHH", elf, 58)
@@ -120,12 +129,37 @@ def modinfo_depends(elf: bytes) -> list[str]:
             return name, elf[offset : offset + length]
 
         names = section(names_index)[1]
+        prefix = f"{key}=".encode()
         for i in range(count):
             name, data = section(i)
             if names[name : name + 9] == b".modinfo\0":
-                for entry in data.split(b"\0"):
-                    if entry.startswith(b"depends="):
-                        return [d.replace("-", "_") for d in entry[8:].decode("ascii", "replace").split(",") if d]
+                entries = [entry for entry in data.split(b"\0") if entry.startswith(prefix)]
+                return [entry[len(prefix) :].decode("ascii", "replace") for entry in entries]
     except (struct.error, IndexError) as error:
         raise ImageError(f"a kernel module is corrupt: {error}") from error
     return []
+
+
+def conditions(modules: Sequence[tuple[str, bytes]]) -> list[list[str]]:
+    """For each of ``modules`` (file name, ELF; in load order) the aliases of devices it is of use for; none: always.
+
+    What only serves others is wanted for the devices of any of those. Drivers of devices that may be plugged into a
+    running machine are always wanted: nobody in the guest would load them later.
+    """
+    wanted: dict[str, list[str] | None] = {}
+    for name, elf in reversed(modules):
+        module = module_name(name)
+        try:
+            own, needs = [a for a in modinfo(elf, "alias") if a.startswith(_DEVICES)], modinfo_depends(elf)
+        except ImageError:
+            own, needs = [], []  # the guest's kernel will say what is wrong with it
+        served = wanted.get(module, [])
+        if module in _PLUGGED or served is None or not (own or served):
+            mine = None
+        else:
+            mine = list(dict.fromkeys([*served, *own]))
+        wanted[module] = mine
+        for need in needs:
+            others = wanted.get(need, [])
+            wanted[need] = None if mine is None or others is None else list(dict.fromkeys([*others, *mine]))
+    return [wanted[module_name(name)] or [] for name, _ in modules]
