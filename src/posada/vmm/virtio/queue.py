@@ -23,7 +23,7 @@ instructions*). tests/unit/test_virtio_queue.py looks for the instruction. On ar
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from struct import Struct
 from typing import Any
 
@@ -191,6 +191,23 @@ class Queue:
             self._touch_ring()
             for place in chain.places:
                 self.written(*place)
+
+    def push_together(self, done: Sequence[tuple[Chain, int]]) -> None:
+        """As `push` for each (chain, written), but the driver sees all of them at once, or none yet."""
+        at = self._next_used
+        for chain, written in done:
+            if chain.epoch != self.epoch:
+                continue
+            _USED.pack_into(self._entries, (at & self.size - 1) << 3, chain.head, written)
+            at = at + 1 & 0xFFFF
+        if at == self._next_used:
+            return
+        self._next_used = self._used[1] = at
+        if self.written is not None:
+            self._touch_ring()
+            for chain, _ in done:
+                for place in chain.places:
+                    self.written(*place)
 
     def wants_interrupt(self) -> bool:
         """Whether the driver wants to hear of what was pushed since the last call (section 2.7.7)."""
