@@ -256,5 +256,6 @@ def registry() -> Mapping[str, str]:
     """Engine name → ``module:class``. Imported only when asked for, so that one engine's needs are not all's."""
     return {
         "fake": "posada.engine.fake:FakeEngine",
+        "kvm": "posada.engine.kvm.engine:KvmEngine",
         "qemu": "posada.engine.qemu.engine:QemuEngine",
     }

@@ -11,7 +11,7 @@ from posada.errors import HostError, SpecError
 from posada.model.machine import MachineSpec
 
 #: The order of preference of ``engine: auto``. The fake engine is never chosen.
-AUTOMATIC = ("kvm", "qemu", "xen")
+AUTOMATIC = ("qemu", "kvm", "xen")
 
 
 def names() -> tuple[str, ...]:

@@ -36,6 +36,7 @@ def main(argv: list[str]) -> int:
         starter = config.life.starter
         if starter >= 0:
             process.daemonize()
+            process.announce(starter)
         machine = build(config)
         settle(machine)
     except (PosadaError, OSError, cbor.CborError) as error:

@@ -1,12 +1,17 @@
-"""The monitor as a Unix process: nobody's child, deaf to terminals, its complaints kept for the exit record."""
+"""The monitor as a Unix process: nobody's child, deaf to terminals, its complaints kept for the exit record.
+
+What others import only when it is needed is imported here: in the jail there are no files to import from.
+"""
 
 from __future__ import annotations
 
 import gc
 import io
+import json  # noqa: F401
 import os
 import signal
 import sys
+import traceback  # noqa: F401
 from collections.abc import Callable
 
 from posada.vmm.life import Life
@@ -19,6 +24,14 @@ def daemonize() -> None:
     os.setsid()
     os.chdir("/")
     os.umask(0o077)
+
+
+def announce(starter: int) -> None:
+    """Tell the process that starts us who we are, so that it can put us into cgroups while we begin."""
+    try:
+        os.write(starter, b"pid %d\n" % os.getpid())
+    except OSError:
+        pass  # it is gone, as the loop will find out
 
 
 def settle(life: Life, end: Callable[[], object]) -> None:

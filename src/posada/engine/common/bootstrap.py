@@ -12,11 +12,11 @@ from pathlib import Path
 _PACKAGE = str(Path(__file__).parents[2])
 
 
-def python(module: str) -> list[str]:
-    """The words that run ``main()`` of a module; its arguments follow them."""
+def python(module: str, call: str = "main()") -> list[str]:
+    """The words that run ``main`` of a module, as ``call`` says; what follows them is in ``sys.argv``."""
     code = (
         "import sys; p = type(sys)('posada'); "
         f"p.__path__ = [{_PACKAGE!r}]; sys.modules['posada'] = p; "
-        f"from {module} import main; main()"
+        f"from {module} import main; {call}"
     )
     return [sys.executable or "/usr/bin/python3", "-I", "-S", "-c", code]

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import signal
 from collections.abc import Sequence
 from pathlib import Path
 
 from posada.engine.base import Capture, DiskFile, Forked, Launch, NewLayer, Probe, SnapshotFiles, Status, Usage
+from posada.engine.common.usage import usage_of
 from posada.engine.qemu import capture, cgroups, fork, machine, probe, process, tune
 from posada.engine.qemu.files import clear
 from posada.engine.qemu.layout import AGENT_PORTS, read_layout
@@ -157,20 +157,4 @@ class QemuEngine:
         return Path(running.runtime) / "console.sock"
 
     def usage(self, running: Running) -> Usage:
-        try:
-            fields = process.stat_fields(running.process.pid)
-        except OSError:
-            return Usage(cpu_seconds=0.0, rss=0)
-        ticks = os.sysconf("SC_CLK_TCK")
-        seconds = (int(fields[11]) + int(fields[12])) / ticks
-        rss = int(fields[21]) * os.sysconf("SC_PAGE_SIZE")
-        return Usage(cpu_seconds=seconds, rss=rss, pss=_pss(running.process.pid))
-
-
-def _pss(pid: int) -> int | None:
-    """Bytes, each shared page counted in parts; None where the kernel does not tell us."""
-    with contextlib.suppress(OSError), open(f"/proc/{pid}/smaps_rollup") as file:
-        for line in file:
-            if line.startswith("Pss:"):
-                return int(line.split()[1]) << 10
-    return None
+        return usage_of(running.process)
