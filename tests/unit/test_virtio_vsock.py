@@ -12,9 +12,10 @@ from vsock_kit import CID, PORT, Door, Guest, clean_up
 
 from posada.errors import StateError
 from posada.vmm.virtio.testing import FakeDriver
+from posada.vmm.virtio.views import fill, split
 from posada.vmm.virtio.vsock import Vsock
 from posada.vmm.virtio.vsock.device import EVENT, FIRST_PORT, MAX_CLOSING, MAX_STREAMS, RX, TX
-from posada.vmm.virtio.vsock.packet import HEADER, Op, Packet, Shut, fill, parse, split
+from posada.vmm.virtio.vsock.packet import HEADER, Op, Packet, Shut, parse
 from posada.vmm.virtio.vsock.sender import MAX_RESETS
 from posada.vmm.virtio.vsock.stream import BUFFER
 

@@ -17,9 +17,10 @@ from posada.vmm import state
 from posada.vmm.loop import Timer
 from posada.vmm.virtio.device import Device
 from posada.vmm.virtio.queue import Chain, QueueError
+from posada.vmm.virtio.views import split, total
 from posada.vmm.virtio.vsock.doors import Door, FrontDoor
 from posada.vmm.virtio.vsock.events import ResetEvent
-from posada.vmm.virtio.vsock.packet import HOST_CID, MAX_PAYLOAD, STREAM, Op, Packet, Shut, parse, split
+from posada.vmm.virtio.vsock.packet import HOST_CID, MAX_PAYLOAD, STREAM, Op, Packet, Shut, parse
 from posada.vmm.virtio.vsock.sender import Sender
 from posada.vmm.virtio.vsock.stream import Due, State, Stream
 
@@ -213,7 +214,7 @@ class Vsock(Device):
     def _receive(self, stream: Stream, packet: Packet, payload: list[memoryview]) -> bool:
         """Data. False if the guest broke a rule."""
         views = split(payload, packet.length)[0]
-        if packet.length > MAX_PAYLOAD or stream.guest_shut & Shut.SEND or sum(map(len, views)) < packet.length:
+        if packet.length > MAX_PAYLOAD or stream.guest_shut & Shut.SEND or total(views) < packet.length:
             return False
         if not stream.accept(views, packet.length):
             return False

@@ -46,6 +46,7 @@ class ResetEvent:
     def work(self) -> None:
         """The guest may have given a buffer, or given the event back. Raises QueueError."""
         queue = self._device.queues[self._index]
+        queue.places = True  # for buffers that are held while somebody begins to log what is written
         while True:
             while (chain := queue.pop()) is not None:
                 self._buffers.append(chain)

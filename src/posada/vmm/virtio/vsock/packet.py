@@ -7,6 +7,8 @@ from enum import IntEnum, IntFlag
 from struct import Struct
 from typing import NamedTuple
 
+from posada.vmm.virtio.views import split
+
 HEADER = Struct("<QQIIIHHIII")
 HOST_CID = 2
 STREAM = 1
@@ -60,27 +62,3 @@ def parse(views: Sequence[memoryview]) -> tuple[Packet, list[memoryview]] | None
     head, rest = split(views, HEADER.size)
     data = b"".join(head)
     return (Packet._make(HEADER.unpack(data)), rest) if len(data) == HEADER.size else None
-
-
-def split(views: Sequence[memoryview], size: int) -> tuple[list[memoryview], list[memoryview]]:
-    """The first ``size`` bytes (or all there are), and the rest."""
-    head: list[memoryview] = []
-    for at, view in enumerate(views):
-        if len(view) > size:
-            if size:
-                head.append(view[:size])
-            return head, [view[size:], *views[at + 1 :]]
-        head.append(view)
-        size -= len(view)
-    return head, []
-
-
-def fill(views: Sequence[memoryview], data: bytes) -> None:
-    """Copy ``data`` into ``views``, which have room for all of it."""
-    if len(views) == 1:
-        views[0][: len(data)] = data
-        return
-    at = 0
-    for view in views:
-        view[:] = data[at : at + len(view)]
-        at += len(view)

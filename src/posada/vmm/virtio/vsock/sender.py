@@ -8,7 +8,8 @@ from collections.abc import Callable
 
 from posada.vmm.virtio.device import Device
 from posada.vmm.virtio.queue import Chain, QueueError
-from posada.vmm.virtio.vsock.packet import HEADER, HOST_CID, MAX_PAYLOAD, STREAM, WRAP, Op, Packet, Shut, fill, split
+from posada.vmm.virtio.views import fill, split, total
+from posada.vmm.virtio.vsock.packet import HEADER, HOST_CID, MAX_PAYLOAD, STREAM, WRAP, Op, Packet, Shut
 from posada.vmm.virtio.vsock.stream import BUFFER, Due, Stream, queued
 
 MAX_RESETS = 256
@@ -152,7 +153,7 @@ class Sender:
                 break
             head, data = split(chain.writable, HEADER.size)
             data = split(data, min(MAX_PAYLOAD, size - room))[0]
-            length = sum(map(len, data))
+            length = total(data)
             if not length:
                 raise QueueError("a vsock buffer with no room for data")
             taken.append((chain, head, length))

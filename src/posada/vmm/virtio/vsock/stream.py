@@ -22,7 +22,8 @@ from collections.abc import Sequence
 from enum import Enum, IntFlag
 from fcntl import ioctl
 
-from posada.vmm.virtio.vsock.packet import WRAP, Packet, Shut, split
+from posada.vmm.virtio.views import split, total
+from posada.vmm.virtio.vsock.packet import WRAP, Packet, Shut
 
 BUFFER = 256 << 10
 """Bytes from the guest that one stream holds for a host that does not read."""
@@ -170,7 +171,7 @@ class Stream:
         """Write what the socket takes of the backlog."""
         while self.backlog and not self.deaf:
             views = [self.backlog[i] for i in range(min(len(self.backlog), _PIECES))]
-            sent = self._send(views, sum(map(len, views)))
+            sent = self._send(views, total(views))
             if not sent:
                 return
             self.backlog_size -= sent

@@ -1,0 +1,133 @@
+"""passt's stream socket: each frame after its length in four bytes, big-endian (QEMU's ``-netdev stream`` framing).
+
+The stream is read in large pieces, since a frame's length is known only from its first bytes; frames to the network go
+out straight from guest memory, as many as there are by one sendmsg.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Sequence
+from struct import Struct
+
+from posada.vmm.net.backend import HEADER, MAX_FRAME, MIN_FRAME, Feature, Gone, Outcome
+from posada.vmm.net.buffers import HEADER_SIZE, RxBuffers
+from posada.vmm.virtio.views import split, total
+
+_LENGTH = Struct(">I")
+_SIZE = 192 << 10
+"""Bytes read at a time at most; holds two of the longest frames and more."""
+_MAX_VIEWS = 1024  # IOV_MAX
+_FLAGS = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
+_DATA_VALID = 2
+"""Header flag: the checksum is right. True of what never left this host's memory, and of what passt has checked."""
+_PLAIN, _VALID = (HEADER.pack(flags, 0, 0, 0, 0, 0, 1) for flags in (0, _DATA_VALID))
+
+
+class Stream:
+    """``fd``: a connected unix stream socket."""
+
+    features = Feature.GUEST_CSUM
+
+    def __init__(self, fd: int) -> None:
+        self._sock = socket.socket(fileno=fd)
+        self._sock.setblocking(False)
+        self.fd = fd
+        self.waiting = False
+        self._rest = memoryview(b"")  # of a frame that is half sent
+        self._buffer = memoryview(b"")
+        self._start = self._end = 0
+
+    def settle(self, acked: Feature) -> None:
+        pass
+
+    def send(self, packets: Sequence[list[memoryview]]) -> int:
+        if self._rest:
+            self.flush()
+            if self._rest:
+                return 0
+        views: list[memoryview] = []
+        sizes = []
+        for packet in packets:
+            frame = split(packet, HEADER_SIZE)[1]
+            if len(views) + len(frame) >= _MAX_VIEWS:
+                if views:
+                    break
+                frame = [memoryview(b"".join(frame))]
+            size = total(frame)
+            if packet:
+                views += [memoryview(_LENGTH.pack(size)), *frame]
+                size += _LENGTH.size
+            sizes.append(size)
+        sent = left = self._send(views)
+        for count, size in enumerate(sizes):
+            if left < size:
+                self.waiting = True
+                if not left:
+                    return count
+                # The buffers are the guest's again once we answer: the rest of this frame is copied.
+                self._rest = memoryview(b"".join(split(split(views, sent)[1], size - left)[0]))
+                return count + 1
+            left -= size
+        return len(sizes)
+
+    def flush(self) -> None:
+        if self._rest:
+            self._rest = self._rest[self._send([self._rest]) :]
+        self.waiting = bool(self._rest)
+
+    def receive(self, buffers: RxBuffers, packets: int) -> Outcome:
+        header = _VALID if buffers.valid else _PLAIN
+        while packets:
+            frame = self._next()
+            if frame is None:
+                if not self._read():
+                    return Outcome.EMPTY
+                continue
+            if not buffers.put(header, frame):
+                return Outcome.FULL
+            self._start += _LENGTH.size + len(frame)
+            packets -= 1
+        return Outcome.MORE
+
+    def close(self) -> None:
+        self._sock.close()
+        self.fd = -1
+
+    def _next(self) -> memoryview | None:
+        """The first whole frame of the buffer. Raises Gone for a length that no frame has."""
+        at, have = self._start, self._end - self._start
+        if have < _LENGTH.size:
+            return None
+        (size,) = _LENGTH.unpack_from(self._buffer, at)
+        if not MIN_FRAME <= size <= MAX_FRAME:
+            raise Gone(f"the network sent a frame of {size} bytes")
+        at += _LENGTH.size
+        return self._buffer[at : at + size] if have >= _LENGTH.size + size else None
+
+    def _read(self) -> bool:
+        """False: nothing there. Raises Gone."""
+        if not self._buffer:
+            self._buffer = memoryview(bytearray(_SIZE))  # once it is needed: memory counts
+        if self._start:
+            left = self._end - self._start
+            self._buffer[:left] = bytes(self._buffer[self._start : self._end])
+            self._start, self._end = 0, left
+        try:
+            count = self._sock.recv_into(self._buffer[self._end :])
+        except (BlockingIOError, InterruptedError):
+            return False
+        except OSError as error:
+            raise Gone(f"the network's end of a card: {error}") from error
+        if not count:
+            raise Gone("the network's end of a card has hung up")
+        self._end += count
+        return True
+
+    def _send(self, views: Sequence[memoryview]) -> int:
+        try:
+            return self._sock.sendmsg(views, (), _FLAGS) if views else 0
+        except (BlockingIOError, InterruptedError):
+            return 0
+        except OSError as error:
+            raise Gone(f"the network's end of a card: {error}") from error

@@ -1,0 +1,463 @@
+"""The network card: on socketpairs everywhere, on a tap device where we are root, on passt where it is installed."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import select
+import shutil
+import socket
+import struct
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from posada.errors import StateError
+from posada.vmm.net import open_backend
+from posada.vmm.net.backend import HEADER, MAX_FRAME, Feature
+from posada.vmm.net.bucket import Bucket
+from posada.vmm.virtio.net import RX, TX, Net, parse_mac
+from posada.vmm.virtio.testing import FakeDriver
+
+MAC = "52:54:00:12:34:56"
+NOTHING = HEADER.pack(0, 0, 0, 0, 0, 0, 0)
+PLAIN, VALID = HEADER.pack(0, 0, 0, 0, 0, 0, 1), HEADER.pack(2, 0, 0, 0, 0, 0, 1)
+FRAME = bytes.fromhex("ffffffffffff5254001234560800") + bytes(range(200))
+
+
+@pytest.fixture
+def stack() -> Iterator[ExitStack]:
+    with ExitStack() as stack:
+        yield stack
+
+
+class Card:
+    """A driver of a card on one end of a socketpair; ``peer`` is the other."""
+
+    def __init__(self, stack: ExitStack, kind: int = socket.SOCK_STREAM, **options: int) -> None:
+        ours, self.peer = socket.socketpair(socket.AF_UNIX, kind)
+        stack.enter_context(self.peer)
+        self.peer.setblocking(False)
+        buffers = options.pop("buffers", 8)
+        self.size = options.pop("size", 1600)
+        features = options.pop("features", (1 << 64) - 1)
+        self.device = Net(MAC, open_backend("passt", ours.detach()), **options)
+        self.driver = FakeDriver(self.device, features=features, memory_size=64 << 20)
+        stack.callback(self.driver.loop.close)
+        stack.callback(self.device.close)
+        self.give(buffers)
+
+    def give(self, count: int) -> None:
+        for _ in range(count):
+            self.driver.put(writable=[self.size], queue=RX)
+        self.driver.kick(RX)
+
+    def send(self, frame: bytes, header: bytes = NOTHING) -> None:
+        self.driver.put([header, frame], queue=TX)
+        self.driver.kick(TX)
+
+    def received(self) -> list[bytes]:
+        self.driver.spin()
+        return [done.data for done in self.driver.collect(RX)]
+
+    def sleeps(self) -> bool:
+        """The loop has nothing to do."""
+        return self.driver.loop._epoll.poll(0) == [] and not self.driver.loop._soon
+
+
+def framed(*frames: bytes) -> bytes:
+    return b"".join(struct.pack(">I", len(frame)) + frame for frame in frames)
+
+
+def drain(peer: socket.socket, card: Card, size: int) -> bytes:
+    data = b""
+
+    def came() -> bool:
+        nonlocal data
+        try:
+            data += peer.recv(1 << 20)
+        except BlockingIOError:
+            pass
+        return len(data) >= size
+
+    card.driver.until(came)
+    return data
+
+
+def test_the_configuration(stack: ExitStack) -> None:
+    card = Card(stack, mtu=9000)
+    assert card.driver.config() == struct.pack("<6sHHH", bytes.fromhex("525400123456"), 1, 1, 9000)
+    assert card.driver.transport.acked & 0xFFFF_FFFF == (
+        Feature.MAC | Feature.MTU | Feature.STATUS | Feature.MRG_RXBUF | Feature.GUEST_CSUM | 1 << 28 | 1 << 29
+    )
+    assert Net(MAC, None).features == Feature.MAC | Feature.STATUS | Feature.MRG_RXBUF
+
+
+@pytest.mark.parametrize("text", ["", "52:54:00:12:34", "01:00:5e:00:00:01", "zz:54:00:12:34:56"])
+def test_no_card_has_that_address(text: str) -> None:
+    with pytest.raises(StateError):
+        parse_mac(text)
+
+
+def test_frames_go_both_ways_over_a_stream(stack: ExitStack) -> None:
+    card = Card(stack)
+    card.send(FRAME)
+    card.send(FRAME[:60])
+    assert drain(card.peer, card, len(FRAME) + 68) == framed(FRAME, FRAME[:60])
+    assert len(card.driver.collect(TX)) == 2
+    card.peer.send(framed(FRAME, FRAME[:14]))
+    assert card.received() == [VALID + FRAME, VALID + FRAME[:14]]
+    assert card.device.metrics() == {
+        "sent_packets": 2, "sent_bytes": len(FRAME) + 60 + 24, "received_packets": 2, "received_bytes": len(FRAME) + 14,
+        "dropped_packets": 0,
+    }  # fmt: skip
+
+
+def test_frames_go_both_ways_over_seqpacket(stack: ExitStack) -> None:
+    card = Card(stack, socket.SOCK_SEQPACKET)
+    card.send(FRAME)
+    assert card.peer.recv(4096) == FRAME
+    card.peer.send(FRAME)
+    assert card.received() == [PLAIN + FRAME]
+
+
+def test_frames_that_come_in_pieces(stack: ExitStack) -> None:
+    card = Card(stack, buffers=60)
+    data = framed(*[FRAME[: 14 + i] for i in range(50)])
+    got: list[bytes] = []
+    for at in range(0, len(data), 7):
+        card.peer.send(data[at : at + 7])
+        got += card.received()
+    assert got == [VALID + FRAME[: 14 + i] for i in range(50)]
+
+
+def test_a_long_frame_takes_several_buffers(stack: ExitStack) -> None:
+    card = Card(stack, buffers=100)
+    frame = os.urandom(MAX_FRAME)
+    card.peer.send(framed(frame, FRAME))
+    pieces = card.received()
+    count = -(-(MAX_FRAME + 12) // 1600)
+    assert len(pieces) == count + 1
+    assert struct.unpack_from("<H", pieces[0], 10) == (count,)
+    assert b"".join(pieces[:count])[12:] == frame
+    assert pieces[count] == VALID + FRAME
+
+
+def test_without_mergeable_buffers_what_does_not_fit_is_dropped(stack: ExitStack) -> None:
+    card = Card(stack, features=~int(Feature.MRG_RXBUF | Feature.GUEST_CSUM))
+    card.peer.send(framed(os.urandom(5000), FRAME))
+    assert card.received() == [PLAIN + FRAME]
+    assert card.device.metrics()["dropped_packets"] == 1
+
+
+def test_the_network_waits_for_buffers(stack: ExitStack) -> None:
+    card = Card(stack, buffers=1)
+    card.peer.send(framed(FRAME, FRAME, FRAME))
+    assert card.received() == [VALID + FRAME]
+    assert card.sleeps()
+    card.give(1)
+    assert card.received() == [VALID + FRAME]
+    card.give(2)
+    assert card.received() == [VALID + FRAME]
+
+
+def test_the_guest_waits_for_the_network(stack: ExitStack) -> None:
+    card = Card(stack)
+    frames = [bytes([i]) * 14 + os.urandom(60000) for i in range(20)]
+    for frame in frames:
+        card.send(frame)
+    waiting = 20 - len(card.driver.collect(TX))
+    assert waiting > 10
+    assert card.sleeps()
+    expected = framed(*frames)
+    assert drain(card.peer, card, len(expected)) == expected
+    card.driver.spin()
+    assert len(card.driver.collect(TX)) == waiting
+    assert card.device.metrics()["dropped_packets"] == 0
+
+
+def test_packets_that_are_none_are_dropped(stack: ExitStack) -> None:
+    card = Card(stack)
+    for frame in (b"", b"short", os.urandom(MAX_FRAME + 1)):
+        card.driver.put([NOTHING + frame], queue=TX)
+    card.driver.put([NOTHING[:5]], queue=TX)
+    card.send(FRAME)
+    assert card.peer.recv(1 << 17) == framed(FRAME)
+    assert len(card.driver.collect(TX)) == 5
+    assert card.device.metrics()["dropped_packets"] == 4
+
+
+def test_a_packet_in_many_pieces(stack: ExitStack) -> None:
+    card = Card(stack)
+    packet = NOTHING + FRAME
+    card.driver.put([packet[at : at + 1] for at in range(len(packet))], queue=TX, indirect=True)
+    card.driver.put([packet[:5], packet[5:20], packet[20:]], queue=TX)
+    card.driver.kick(TX)
+    assert card.peer.recv(1 << 17) == framed(FRAME, FRAME)
+    card.driver.put(writable=[3, 7, 50, 300], queue=RX)
+    for _ in range(8):
+        card.peer.send(framed(FRAME))
+    assert len(card.received()) == 8
+    card.driver.kick(RX)
+    card.peer.send(framed(FRAME))
+    assert card.received() == [VALID + FRAME]
+
+
+@pytest.mark.parametrize("queue", [RX, TX])
+def test_buffers_of_the_wrong_kind_stop_the_device(stack: ExitStack, queue: int) -> None:
+    card = Card(stack, buffers=0)
+    card.driver.put([NOTHING + FRAME], [100], queue=queue)
+    card.peer.send(framed(FRAME))
+    card.driver.kick(queue)
+    assert card.driver.needs_reset
+    card.driver.spin()
+    assert card.sleeps()
+
+
+@pytest.mark.parametrize("size", [0, 13, MAX_FRAME + 1, 0xFFFFFFFF])
+def test_a_network_that_talks_nonsense_is_unplugged(stack: ExitStack, size: int) -> None:
+    card = Card(stack)
+    card.peer.send(struct.pack(">I", size) + bytes(100))
+    card.driver.spin()
+    assert card.driver.config()[6] == 0
+    card.send(FRAME)
+    assert len(card.driver.collect(TX)) == 1
+    assert card.sleeps()
+
+
+def test_a_network_that_hangs_up(stack: ExitStack) -> None:
+    card = Card(stack, buffers=0)
+    before = card.driver.interrupts
+    card.peer.send(framed(FRAME))
+    card.driver.spin()
+    card.peer.close()
+    card.driver.spin()
+    assert card.driver.config()[6] == 0
+    assert card.driver.interrupts > before
+    assert card.sleeps()
+    card.send(FRAME)
+    assert len(card.driver.collect(TX)) == 1
+
+
+def test_the_rate_is_bounded_both_ways(stack: ExitStack) -> None:
+    card = Card(stack, rate=1_000_000, buffers=200)
+    frames = [bytes(1514)] * 150  # 227 KB: beyond the burst of 128 KiB, 0.1 s over it
+    began = time.monotonic()
+    for frame in frames:
+        card.driver.put([NOTHING + frame], queue=TX)
+    card.driver.kick(TX)
+    drain(card.peer, card, 150 * 1518)
+    assert time.monotonic() - began > 0.06
+    began = time.monotonic()
+    got = 0
+    for frame in frames:
+        card.peer.send(framed(frame))
+        got += len(card.received())
+    while got < 150:
+        card.driver.until(lambda: not card.sleeps() or card.device._buffers.packets == 150)  # type: ignore[union-attr]
+        got += len(card.received())
+    assert time.monotonic() - began > 0.06
+
+
+def test_a_bucket_without_a_bound() -> None:
+    bucket = Bucket(0)
+    bucket.spend(1 << 40)
+    assert bucket.delay() == 0
+
+
+def test_a_reset_and_a_new_driver(stack: ExitStack) -> None:
+    card = Card(stack)
+    card.driver.write(0x70, 0)
+    card.peer.send(framed(FRAME))
+    assert card.received() == []
+    assert card.sleeps()
+    card.driver.start()
+    card.give(2)
+    assert card.received() == [VALID + FRAME]
+
+
+def test_a_queue_that_is_taken_away_is_not_written_to(stack: ExitStack) -> None:
+    card = Card(stack, socket.SOCK_SEQPACKET, size=600)
+    card.peer.send(FRAME)  # needs three buffers to be held, and uses one
+    assert len(card.received()) == 1
+    card.driver.write(0x30, RX)
+    card.driver.write(0x44, 0)
+    card.peer.send(FRAME)
+    assert card.received() == []
+    assert card.sleeps()
+
+
+def test_a_save_gives_back_the_buffers_that_are_held(stack: ExitStack) -> None:
+    card = Card(stack, socket.SOCK_SEQPACKET, size=600)
+    card.peer.send(FRAME)
+    assert card.received() == [PLAIN + FRAME]
+    ours, peer = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    stack.enter_context(peer)
+    device = Net(MAC, open_backend("passt", ours.detach()))
+    moved = card.driver.moved(device)
+    stack.callback(moved.loop.close)
+    stack.callback(device.close)
+    for _ in range(5):
+        peer.send(FRAME)
+    moved.spin()
+    assert [done.data for done in moved.collect(RX)] == [PLAIN + FRAME] * 5
+
+
+def test_a_fork_gets_a_network_of_its_own(stack: ExitStack) -> None:
+    card = Card(stack)
+    old = card.peer
+    ours, peer = socket.socketpair()
+    stack.enter_context(peer)
+    interrupts = card.driver.interrupts
+    card.device.quiesce()
+    card.device.reopen({"mac": "52:54:00:65:43:21", "kind": "passt", "fd": ours.detach()})
+    assert card.driver.interrupts == interrupts + 1
+    assert card.driver.config()[:8] == bytes.fromhex("525400654321") + b"\0\0"  # each look sees the link down once
+    card.driver.spin()
+    assert card.driver.interrupts == interrupts + 2
+    assert card.driver.config()[6] == 1
+    assert old.recv(1) == b""
+    card.send(FRAME)
+    assert peer.recv(4096) == framed(FRAME)
+    peer.send(framed(FRAME))
+    assert card.received() == [VALID + FRAME]
+
+
+def test_unplugged_after_a_fork(stack: ExitStack) -> None:
+    card = Card(stack)
+    card.device.reopen({})
+    assert card.driver.config()[6] == 0
+    card.send(FRAME)
+    assert len(card.driver.collect(TX)) == 1
+
+
+TUNSETIFF, IFF_TAP, IFF_NO_PI, IFF_VNET_HDR = 0x400454CA, 2, 0x1000, 0x4000
+
+
+def open_tap(flags: int) -> tuple[int, str]:
+    try:
+        fd = os.open("/dev/net/tun", os.O_RDWR | os.O_CLOEXEC)
+        answer = fcntl.ioctl(fd, TUNSETIFF, struct.pack("16sH22x", b"pnt%d", IFF_TAP | IFF_NO_PI | flags))
+    except OSError as error:
+        pytest.skip(f"no tap device can be made here: {error}")
+    return fd, answer[:16].rstrip(b"\0").decode()
+
+
+@pytest.mark.parametrize("flags", [0, IFF_VNET_HDR])
+def test_a_tap_device(stack: ExitStack, flags: int) -> None:
+    fd, name = open_tap(flags)
+    backend = open_backend("tap", fd)
+    assert backend is not None
+    device = Net(MAC, backend)
+    driver = FakeDriver(device, memory_size=64 << 20)
+    stack.callback(driver.loop.close)
+    stack.callback(device.close)
+    assert bool(driver.transport.acked & Feature.HOST_TSO4) == bool(flags)
+    with socket.socket() as control:  # up
+        request = struct.pack("16sH22x", name.encode(), 0x1043)
+        fcntl.ioctl(control, 0x8914, request)
+    raw = stack.enter_context(socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(0x88B5)))
+    raw.bind((name, 0x88B5))
+    for _ in range(64):
+        driver.put(writable=[2000], queue=RX)
+    driver.kick(RX)
+    driver.collect(RX)
+    frame = bytes.fromhex("525400123456fefefefefefe88b5") + os.urandom(300)
+
+    def came() -> bool:
+        return any(done.data[12:] == frame and done.data[10:12] == b"\1\0" for done in driver.collect(RX))
+
+    raw.send(frame)
+    driver.until(came)
+    out = bytes.fromhex("fefefefefefe52540012345688b5") + os.urandom(300)
+    driver.put([NOTHING, out], queue=TX)
+    driver.kick(TX)
+    assert len(driver.collect(TX)) == 1
+    assert raw.recv(4096) == out
+    driver.put([HEADER.pack(1, 9, 0xFFFF, 0xFFFF, 0xFFFF, 0xFFFF, 0), out], queue=TX)  # nonsense in the header
+    driver.kick(TX)
+    assert len(driver.collect(TX)) == 1
+    assert driver.config()[6] == 1
+
+
+def test_another_kind_of_network_is_refused_while_the_guest_relies_on_this_one(stack: ExitStack) -> None:
+    fd, _ = open_tap(IFF_VNET_HDR)
+    device = Net(MAC, open_backend("tap", fd))
+    driver = FakeDriver(device)
+    stack.callback(driver.loop.close)
+    ours, peer = socket.socketpair()
+    stack.enter_context(peer)
+    with pytest.raises(StateError):
+        device.reopen({"kind": "passt", "fd": ours.detach()})
+    device.close()
+
+
+def test_what_is_no_tap_is_refused() -> None:
+    read, write = os.pipe()
+    try:
+        with pytest.raises(OSError):
+            open_backend("tap", read)
+    finally:
+        os.close(read)
+        os.close(write)
+
+
+@pytest.mark.skipif(shutil.which("passt") is None, reason="passt is not installed")
+def test_passt_answers(stack: ExitStack, tmp_path: Path) -> None:
+    """DHCP over a real passt: a discover goes out, an offer comes back."""
+    tmp_path.chmod(0o777)  # passt started as root becomes somebody else
+    for folder in tmp_path.parents:
+        if folder.stat().st_uid == os.getuid() and folder.name.startswith(("pytest", "test")):
+            folder.chmod(0o755)
+    path = tmp_path / "passt"
+    command = ["passt", "--foreground", "--one-off", "--quiet", "--socket", str(path)]
+    passt = stack.enter_context(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
+    stack.callback(passt.kill)
+    deadline = time.monotonic() + 5
+    sock = socket.socket(socket.AF_UNIX)
+    while True:
+        try:
+            sock.connect(str(path))
+            break
+        except OSError:
+            if passt.poll() is not None or time.monotonic() > deadline:
+                passt.kill()
+                sock.close()
+                pytest.skip(f"passt does not run here: {passt.stdout.read() if passt.stdout else ''}")
+            select.select([], [], [], 0.01)
+    device = Net(MAC, open_backend("passt", sock.detach()))
+    driver = FakeDriver(device)
+    stack.callback(driver.loop.close)
+    stack.callback(device.close)
+    for _ in range(32):
+        driver.put(writable=[2048], queue=RX)
+    driver.put([NOTHING, discover()], queue=TX)
+    driver.kick(TX)
+    found: list[bytes] = []
+
+    def offered() -> bool:
+        found.extend(
+            d.data[12:] for d in driver.collect(RX) if d.data[12 + 12 : 12 + 14] == b"\x08\0" and len(d.data) > 290
+        )
+        return bool(found)
+
+    driver.until(offered)
+    assert found[0][42:44] == b"\2\1"  # BOOTREPLY over Ethernet
+    assert found[0][42 + 4 : 42 + 8] == b"pnt!"
+
+
+def discover() -> bytes:
+    """A DHCPDISCOVER in UDP, IP and Ethernet."""
+    mac = bytes.fromhex(MAC.replace(":", ""))
+    bootp = struct.pack("!BBBB4sHH16s16s192x4s", 1, 1, 6, 0, b"pnt!", 0, 0x8000, b"", mac, b"\x63\x82\x53\x63")
+    bootp += b"\x35\x01\x01\xff" + bytes(56)
+    udp = struct.pack("!HHHH", 68, 67, 8 + len(bootp), 0) + bootp
+    head = struct.pack("!BBHHHBBH4s4s", 0x45, 0, 20 + len(udp), 1, 0, 64, 17, 0, bytes(4), b"\xff" * 4)
+    total = sum(struct.unpack("!10H", head))
+    total = (total & 0xFFFF) + (total >> 16)
+    head = head[:10] + struct.pack("!H", ~(total + (total >> 16)) & 0xFFFF) + head[12:]
+    return b"\xff" * 6 + mac + b"\x08\0" + head + udp
