@@ -29,11 +29,13 @@ from posada.vmm.life import Life
 from posada.vmm.loop import Loop
 from posada.vmm.machine import Machine, Slot, new_kick
 from posada.vmm.memory import GuestMemory
+from posada.vmm.net import open_backend
 from posada.vmm.vcpu import Vcpus, VcpuThread
 from posada.vmm.virtio.balloon import Balloon
 from posada.vmm.virtio.blk import Blk
 from posada.vmm.virtio.device import Device
 from posada.vmm.virtio.mmio import MmioTransport
+from posada.vmm.virtio.net import Net
 from posada.vmm.virtio.rng import Rng
 from posada.vmm.virtio.vsock.device import Vsock
 
@@ -98,6 +100,8 @@ def devices(config: MonitorConfig) -> Iterator[tuple[str, Device]]:
         yield "vsock", Vsock(config.vsock.cid, config.vsock.listeners, config.vsock.connect)
     for disk in config.disks:
         yield f"disk:{disk.name}", Blk(open_chain(disk.chain, disk.size, disk.readonly), disk.name)
+    for index, nic in enumerate(config.nics):
+        yield f"nic:{index}", Net(nic.mac, open_backend(nic.kind.value, nic.fd))
 
 
 def add_console(machine: Machine) -> None:
