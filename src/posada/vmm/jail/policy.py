@@ -50,7 +50,9 @@ _AT_EMPTY_PATH = 0x1000
 _CLONE_NAMESPACES = 0x7E02_0080
 #: The letter of KVM's ioctls (linux/kvm.h), in the second byte of their numbers.
 _KVMIO = 0xAE
-_FIONBIO, _FIOCLEX = 0x5421, 0x5451
+_FIONBIO, _FIOCLEX, _FIONREAD = 0x5421, 0x5451, 0x541B
+#: A tap device's offloads and header (linux/if_tun.h): they follow the driver, and a fork has a new tap.
+_TUN = (0x4004_54D0, 0x8004_54D2, 0x4004_54D8, 0x4004_54DC)
 _PR_SET_NAME, _PR_SET_SECCOMP, _PR_SET_VMA = 15, 22, 0x5356_4D41
 
 # Nobody does these by mistake.
@@ -72,6 +74,8 @@ def _common() -> list[Rule]:
         Rule(_IOCTL, tests=(Argument(1, _KVMIO << 8, 0xFF00),)),
         Rule(_IOCTL, tests=(Argument(1, _FIONBIO),)),
         Rule(_IOCTL, tests=(Argument(1, _FIOCLEX),)),
+        Rule(_IOCTL, tests=(Argument(1, _FIONREAD),)),
+        *(Rule(_IOCTL, tests=(Argument(1, number),)) for number in _TUN),
     ]
     memory = [
         # No memory is ever both made by us and run as code.
