@@ -250,6 +250,14 @@ class Vcpu:
         request = DeviceAttr(0, numbers.TSC_CTRL, numbers.TSC_OFFSET, addressof(value))
         call(self.fd, Ioctl.SET_DEVICE_ATTR, request, "TSC offset")
 
+    def after_fork(self, fd: int) -> None:
+        """In a forked child: become ``fd``, the same vcpu of the child's own vm, in reset state."""
+        self.close()
+        self.fd = fd
+        self._map = mmap.mmap(fd, self._mmap_size)
+        self.kvm_run = memoryview(self._map)
+        self._words = self.kvm_run.cast("I")
+
     def close(self) -> None:
         """Idempotent. Nobody may be in `run`. Views of exit data that someone still holds stay readable."""
         fd, self.fd = self.fd, -1
