@@ -137,6 +137,23 @@ class JailConfig:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class RestoreConfig:
+    """A machine that goes on where another was saved: descriptors of the state, and of the memory files, lowest first."""
+
+    devices: int
+    memory: tuple[int, ...]
+    paused: bool = False
+
+    @classmethod
+    def from_dict(cls, d: state.Document) -> RestoreConfig:
+        return cls(
+            devices=state.integer(d, "devices", 0, MAX_FD),
+            memory=tuple(state.integers(d, "memory", 0, MAX_FD, 64)),
+            paused=state.boolean(d, "paused", False),
+        )
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MonitorConfig:
     """One machine. Descriptors are -1 where there is none; sizes in bytes."""
@@ -161,6 +178,7 @@ class MonitorConfig:
     console: ConsoleConfig = field(default_factory=ConsoleConfig)
     life: LifeConfig = field(default_factory=LifeConfig)
     jail: JailConfig = field(default_factory=JailConfig)
+    restore: RestoreConfig | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for CBOR."""
@@ -171,6 +189,8 @@ class MonitorConfig:
             nic["kind"] = nic["kind"].value
         if document["vsock"] is not None:
             document["vsock"]["listeners"] = [list(pair) for pair in document["vsock"]["listeners"]]
+        if document["restore"] is not None:
+            document["restore"]["memory"] = list(document["restore"]["memory"])
         document["disks"], document["nics"] = list(document["disks"]), list(document["nics"])
         return document
 
@@ -238,4 +258,5 @@ class MonitorConfig:
             console=ConsoleConfig.from_dict(state.child(d, "console")),
             life=LifeConfig.from_dict(state.child(d, "life")),
             jail=JailConfig.from_dict(state.child(d, "jail")),
+            restore=RestoreConfig.from_dict(state.child(d, "restore")) if d.get("restore") is not None else None,
         )
