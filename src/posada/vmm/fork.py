@@ -1,0 +1,180 @@
+"""New machines from a running one, by fork(2): guest memory and devices are this process's, so its copy is the machine's.
+
+In the pause, in this order::
+
+    parent   vcpus parked, devices idle, disks frozen, the kernel's part recorded          (`posada.vmm.replay`)
+             os.fork() ───────────┐  once for each child
+             its disks on new     │  a kernel vm of its own over the same memory, with the recorded state
+             layers; vcpus run    │  a new generation id in memory; vcpus run: their first access waits for the lock
+                                  │  its own descriptors: loop, lines, kicks, control, console, life, disks, network, vsock
+                                  ▼  the lock is let go
+
+Which locks can be held at the fork, and by whom, is in docs/adr/0007-kvm-fork.md. In short: every other thread waits in
+a `VcpuThread`'s Condition, holding nothing, and the loop's lock is this thread's.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from posada.runtime.console import DescriptorLog
+from posada.vmm import layout, process
+from posada.vmm.acpi.tables import generation_bytes
+from posada.vmm.builder import CONSOLE_LOG_MAX
+from posada.vmm.config import DiskConfig, MonitorConfig
+from posada.vmm.legacy.power import Event
+from posada.vmm.machine import Machine, State
+from posada.vmm.replay import Replay
+from posada.vmm.vcpu import Wanted
+from posada.vmm.virtio.blk import Blk
+
+
+@dataclass(frozen=True)
+class Forked:
+    """What the parent gets: a pid or an OSError for each child, and the seconds that its vcpus stood still."""
+
+    children: tuple[int | OSError, ...]
+    pause: float
+
+
+class Forker:
+    """Forks one machine, any number of times; in a child it is the child's."""
+
+    def __init__(self, machine: Machine) -> None:
+        self._machine = machine
+        self._replay: Replay | None = None
+
+    def fork(self, children: Sequence[MonitorConfig], switch: Callable[[], object] = lambda: None) -> Forked | None:
+        """Make ``children``; in each of them it returns None, and the machine is the child's.
+
+        On the loop's thread, from `Loop.soon`: a child goes on in the same loop, and must not dispatch what the
+        parent's epoll had found ready. ``switch`` puts the parent's disks, frozen by then, on their new layers.
+        Descriptors in ``children`` are taken over: a child keeps its own, the parent none. A child that cannot live says
+        so to its starter; they have no ``kvm``, and keep the parent's. The parent's vcpus run on, or stand still as before, also when this raises (KvmError,
+        OSError, ImageError).
+        """
+        machine = self._machine
+        given = [_descriptors(config) for config in children]
+        pids: list[int | OSError] = []
+        me: int | None = None
+        with machine.loop.lock:
+            begun = time.monotonic()
+            running = [thread for thread in machine.vcpus.threads if thread.wanted is Wanted.RUN]
+            machine.vcpus.quiesce()
+            try:
+                self._still()
+                for index in range(len(children)):
+                    if not _fork(pids):
+                        me = index
+                        break
+                if me is None:
+                    switch()
+            finally:
+                if me is None:
+                    for thread in running:
+                        if not thread.held:
+                            thread.unpark()
+                    for fd in [fd for fds in given for fd in fds]:
+                        os.close(fd)
+            if me is None:
+                return Forked(tuple(pids), time.monotonic() - begun)
+            self._become(children[me], [fd for index, fds in enumerate(given) if index != me for fd in fds])
+            return None
+
+    def _still(self) -> None:
+        """The vcpus are parked: nothing else may be under way, and the kernel's part is recorded."""
+        machine = self._machine
+        for slot in machine.slots.values():
+            slot.transport.device.quiesce()
+            if isinstance(slot.transport.device, Blk):
+                slot.transport.device.freeze()
+        if self._replay is None:
+            vcpus = [thread.vcpu for thread in machine.vcpus.threads]
+            self._replay = Replay(machine.system, machine.vm, vcpus, machine.memory)
+        self._replay.record(machine.clock if machine.state is State.PAUSED else None)
+
+    def _become(self, config: MonitorConfig, others: Sequence[int]) -> None:
+        """In a child: live, or die and say why."""
+        try:
+            for fd in others:
+                os.close(fd)
+            self._start(config)
+            _adopt(self._machine, config)
+        except BaseException as error:
+            process.refuse(config.life.starter, error if isinstance(error, Exception) else RuntimeError(repr(error)))
+            os._exit(1)
+
+    def _start(self, config: MonitorConfig) -> None:
+        """The kernel's part. The guest runs at once; whatever it asks of a device waits until the lock is let go."""
+        machine, replay = self._machine, self._replay
+        assert replay is not None
+        replay.play()
+        if config.generation_id:
+            machine.memory.write(layout.VMGENID, generation_bytes(config.generation_id))
+        machine.state, machine.clock = State.RUNNING, None
+        for thread in machine.vcpus.threads:
+            thread.after_fork()
+            thread.start()
+
+
+def _descriptors(config: MonitorConfig) -> list[int]:
+    found: list[int] = []
+    config.relocated(lambda fd: found.append(fd) or fd)
+    return found
+
+
+def _fork(pids: list[int | OSError]) -> bool:
+    """False in the child."""
+    try:
+        pid = os.fork()
+    except OSError as error:
+        pids.append(error)
+        return True
+    if pid:
+        pids.append(pid)
+    return pid != 0
+
+
+def _adopt(machine: Machine, config: MonitorConfig) -> None:
+    """Everything of the host's that the machine uses becomes the child's own."""
+    machine.config = replace(config, kvm=machine.config.kvm)
+    machine.loop.after_fork()
+    machine.after_fork()
+    machine.connect()
+    machine.control.after_fork(config.control)
+    machine.console.reopen(config.console.listener, _log(config))
+    machine.life.after_fork(config.life, config.exit)
+    given = hardware(config)
+    for name, slot in machine.slots.items():
+        slot.transport.device.reopen(given.get(name, {}))
+    if config.generation_id:
+        machine.power.notify(Event.GENERATION)
+    for slot in machine.slots.values():
+        slot.transport.kick()
+    machine.life.paused(False)
+    machine.life.started()
+
+
+def _log(config: MonitorConfig) -> DescriptorLog:
+    return DescriptorLog(config.console.log, config.console.log_old, CONSOLE_LOG_MAX)
+
+
+def hardware(config: MonitorConfig) -> dict[str, dict[str, Any]]:
+    """What each device gets from `Device.reopen`, by its name in the machine (`posada.vmm.builder.devices`)."""
+    given: dict[str, dict[str, Any]] = {f"disk:{disk.name}": _disk(disk) for disk in config.disks}
+    if config.vsock is not None:
+        vsock = config.vsock
+        given["vsock"] = {"cid": vsock.cid, "listeners": vsock.listeners, "connect": vsock.connect}
+    for index, nic in enumerate(config.nics):
+        given[f"nic:{index}"] = {"mac": nic.mac, "fd": nic.fd, "kind": nic.kind}
+    return given
+
+
+def _disk(disk: DiskConfig) -> dict[str, Any]:
+    """The frozen layers, which are its parent's too, and its own on top; a read-only disk has none."""
+    fds = [fd for fd, _ in disk.chain]
+    return {"layers": fds} if disk.readonly else {"layers": fds[:-1], "overlay": fds[-1]}

@@ -1,0 +1,189 @@
+"""The kernel's part of a machine as requests recorded beforehand, so that a forked child only has to repeat them.
+
+A child's first milliseconds are page faults: what the interpreter touches it must copy. Making a vm through
+`posada.vmm.builder.wire` and `Machine.load` touches some 300 pages, this about 70, for the same ioctls. What they are,
+and the order of saving and loading, are `posada.vmm.cpustate`'s and `vmstate`'s; a test compares the outcomes.
+
+`record` while the vcpus stand still; the buffers are then what a forked child `play`s into a new vm, and what an
+in-place reset puts back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from ctypes import addressof, c_uint64, sizeof
+from typing import NamedTuple
+
+from posada.errors import KvmError
+from posada.kvm import cpustructs as cs
+from posada.kvm import numbers
+from posada.kvm.call import call
+from posada.kvm.numbers import Chip, Ioctl
+from posada.kvm.structs import ClockData, CpuidHead, DeviceAttr, IrqChip, MemoryRegion
+from posada.kvm.system import System
+from posada.kvm.vcpu import Vcpu
+from posada.kvm.vm import Vm
+from posada.vmm import layout
+from posada.vmm.cpustate import HYPERV_MSRS, MSR_TSC
+from posada.vmm.memory import GuestMemory
+
+_GENU = int.from_bytes(b"Genu", "little")  # "GenuineIntel", CPUID leaf 0, EBX first
+
+
+class Request(NamedTuple):
+    """One ioctl: its number and what goes with it, or comes back."""
+
+    number: Ioctl
+    argument: bytearray
+
+
+class CpuState:
+    """A vcpu's state in the kernel, less what never changes."""
+
+    def __init__(self, vcpu: Vcpu) -> None:
+        """Once per vcpu, while it stands still: finds out which MSRs can be read and written back. Raises KvmError."""
+        entries = vcpu.get_cpuid()
+        self.cpuid = Request(Ioctl.SET_CPUID2, bytearray(CpuidHead(nent=len(entries))) + b"".join(map(bytes, entries)))
+        self.is_intel = any(e.function == 0 and e.ebx == _GENU for e in entries)
+        self.tsc_khz = vcpu.get_tsc_khz()
+        regs, sregs, mp_state = (bytearray(sizeof(kind)) for kind in (cs.Regs, cs.Sregs, cs.MpStateData))
+        xcrs, debug, events, lapic = (
+            bytearray(sizeof(kind)) for kind in (cs.Xcrs, cs.DebugRegs, cs.VcpuEvents, cs.Lapic)
+        )
+        xsave = bytearray(vcpu.xsave_size)
+        self.msrs = _msrs(vcpu)
+        self._tsc_offset = c_uint64()
+        # SAFETY: the attribute is a u64; it is this object's, which outlives every call, and fork(2) keeps its address.
+        attr = bytearray(DeviceAttr(0, numbers.TSC_CTRL, numbers.TSC_OFFSET, addressof(self._tsc_offset)))
+        tsc = bytearray(cs.MsrHead(nmsrs=1)) + bytes(cs.MsrEntry(MSR_TSC))
+        # The order is that of `posada.vmm.cpustate`, which says why.
+        has_offset = vcpu.has_tsc_offset()
+        self.gets = (
+            Request(Ioctl.GET_MP_STATE, mp_state),
+            Request(Ioctl.GET_REGS, regs),
+            Request(Ioctl.GET_SREGS, sregs),
+            Request(Ioctl.GET_XSAVE2 if vcpu.xsave_size > 4096 else Ioctl.GET_XSAVE, xsave),
+            Request(Ioctl.GET_XCRS, xcrs),
+            Request(Ioctl.GET_DEBUGREGS, debug),
+            *([Request(Ioctl.GET_LAPIC, lapic)] if vcpu.has_lapic else []),
+            Request(Ioctl.GET_MSRS, self.msrs),
+            Request(Ioctl.GET_DEVICE_ATTR, attr) if has_offset else Request(Ioctl.GET_MSRS, tsc),
+            Request(Ioctl.GET_VCPU_EVENTS, events),
+        )
+        self.sets = (
+            Request(Ioctl.SET_SREGS, sregs),
+            Request(Ioctl.SET_XCRS, xcrs),
+            Request(Ioctl.SET_XSAVE, xsave),
+            Request(Ioctl.SET_DEBUGREGS, debug),
+            *([Request(Ioctl.SET_LAPIC, lapic)] if vcpu.has_lapic else []),
+            Request(Ioctl.SET_DEVICE_ATTR, attr) if has_offset else Request(Ioctl.SET_MSRS, tsc),
+            Request(Ioctl.SET_MSRS, self.msrs),
+            Request(Ioctl.SET_REGS, regs),
+            Request(Ioctl.SET_MP_STATE, mp_state),
+            Request(Ioctl.SET_VCPU_EVENTS, events),
+        )
+
+    def record(self, vcpu: Vcpu) -> None:
+        for number, argument in self.gets:
+            call(vcpu.fd, number, argument)
+
+    def play(self, vcpu: Vcpu) -> None:
+        """Into a fresh vcpu."""
+        call(vcpu.fd, *self.cpuid)
+        if vcpu.get_tsc_khz() != self.tsc_khz:
+            vcpu.set_tsc_khz(self.tsc_khz)
+        self.put_back(vcpu)
+
+    def put_back(self, vcpu: Vcpu) -> None:
+        """Into the vcpu it is of."""
+        for number, argument in self.sets:
+            done = call(vcpu.fd, number, argument)
+            if number is Ioctl.SET_MSRS and done != int.from_bytes(argument[:4], "little"):
+                raise KvmError("KVM_SET_MSRS", 0, detail=f"only {done} of the vcpu's MSRs could be put back")
+
+
+def _msrs(vcpu: Vcpu) -> bytearray:
+    """A struct kvm_msrs of those MSRs that can be read, and written with the same value."""
+    wanted = [index for index in vcpu.state_msrs if index != MSR_TSC and index not in HYPERV_MSRS]
+    values: dict[int, int] = {}
+    while wanted:
+        part = vcpu.get_msrs(wanted)
+        values.update(part)
+        wanted = wanted[len(part) + 1 :]
+    rest = list(values)
+    while rest:
+        done = vcpu.set_msrs({index: values[index] for index in rest})
+        if done < len(rest):
+            del values[rest[done]]
+        rest = rest[done + 1 :]
+    return bytearray(cs.MsrHead(nmsrs=len(values))) + b"".join(bytes(cs.MsrEntry(index)) for index in values)
+
+
+class ChipState:
+    """Interrupt chips and clock. No PIT: our machines have none."""
+
+    def __init__(self, vm: Vm) -> None:
+        chips = [bytearray(IrqChip(chip_id=chip)) for chip in Chip] if vm.has_irqchip else []
+        self._clock = bytearray(ClockData())
+        clock = Request(Ioctl.GET_CLOCK, self._clock)
+        self.gets = (*(Request(Ioctl.GET_IRQCHIP, chip) for chip in chips), clock)
+        self.sets = (
+            *(Request(Ioctl.SET_IRQCHIP, chip) for chip in chips),
+            Request(Ioctl.SET_CLOCK, self._clock),
+        )
+
+    def record(self, vm: Vm, clock: ClockData | None = None) -> None:
+        for number, argument in self.gets:
+            call(vm.fd, number, argument)
+        if clock is not None:
+            self._clock[:8] = bytes(clock)[:8]
+        self._clock[8:12] = bytes(4)  # flags: on from here, not from the time of day
+
+    def put_back(self, vm: Vm) -> None:
+        for number, argument in self.sets:
+            call(vm.fd, number, argument)
+
+
+class Replay:
+    """All of it, of one machine."""
+
+    def __init__(self, system: System, vm: Vm, vcpus: Sequence[Vcpu], memory: GuestMemory) -> None:
+        """While all vcpus stand still. Raises KvmError."""
+        self.regions = [
+            Request(
+                Ioctl.SET_USER_MEMORY_REGION,
+                bytearray(MemoryRegion(slot, 0, region.base, region.size, region.address)),
+            )
+            for slot, region in enumerate(memory.regions)
+        ]
+        self.system, self.vm, self.vcpus = system, vm, vcpus
+        self.cpus = [CpuState(vcpu) for vcpu in vcpus]
+        self.chips = ChipState(vm)
+
+    def record(self, clock: ClockData | None = None) -> None:
+        """While all vcpus stand still, since when kvm-clock was ``clock``. Raises KvmError."""
+        for cpu, vcpu in zip(self.cpus, self.vcpus, strict=True):
+            cpu.record(vcpu)
+        self.chips.record(self.vm, clock)
+
+    def put_back(self) -> None:
+        """What was recorded last, into the same vm. While all vcpus stand still. Raises KvmError."""
+        for cpu, vcpu in zip(self.cpus, self.vcpus, strict=True):
+            cpu.put_back(vcpu)
+        self.chips.put_back(self.vm)
+
+    def play(self) -> None:
+        """In a forked child: make a vm of this process, as `posada.vmm.builder.wire` does. Raises KvmError."""
+        vm = self.vm
+        vm.after_fork(call(self.system.fd, Ioctl.CREATE_VM))
+        for number, argument in self.regions:
+            call(vm.fd, number, argument)
+        if self.cpus[0].is_intel:  # AMD's half of KVM ignores both
+            vm.set_identity_map_addr(layout.IDENTITY_MAP)
+            vm.set_tss_addr(layout.TSS)
+        if vm.has_irqchip:
+            call(vm.fd, Ioctl.CREATE_IRQCHIP)
+        for cpu, vcpu in zip(self.cpus, self.vcpus, strict=True):
+            vcpu.after_fork(call(vm.fd, Ioctl.CREATE_VCPU, vcpu.id))
+            cpu.play(vcpu)
+        self.chips.put_back(vm)

@@ -1,0 +1,92 @@
+"""A whole `Machine` with a toy guest in it, and nothing of a host around it: for fork, snapshot, reset, migration.
+
+The guest counts in memory and writes each count to a port, for ever; `Probe` is the device at that port.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from kvm_kit import CODE, enter_real_mode
+
+from posada.kvm import System
+from posada.vmm.builder import prepare, wire
+from posada.vmm.config import MonitorConfig, VsockConfig
+from posada.vmm.control import Control
+from posada.vmm.machine import Machine
+from posada.vmm.memory import GuestMemory
+
+MIB = 1 << 20
+PORT = 0x10
+COUNTER = 0x2000
+"""Where the toy guests count: 32 bits."""
+
+COUNT = bytes.fromhex(
+    "66 ff 06 00 20"  # inc dword [0x2000]
+    "66 a1 00 20"  # mov eax, [0x2000]
+    "66 e7 10"  # out 0x10, eax
+    "eb f2"  # jmp to the start
+)
+
+
+class Probe:
+    """The device at `PORT`. ``on_write`` is called with each value, the loop's lock held."""
+
+    def __init__(self) -> None:
+        self.values: list[int] = []
+        self.on_write: Callable[[int], Any] = self.values.append
+
+    def read(self, offset: int, size: int) -> int:
+        return 0
+
+    def write(self, offset: int, size: int, value: int) -> None:
+        self.on_write(value)
+
+
+def config(memory: int = 16 * MIB, **changes: Any) -> MonitorConfig:
+    """A machine with a vsock device and no descriptor but /dev/kvm, which is opened."""
+    made = MonitorConfig(
+        uuid="", name="toy", cpus=1, memory=memory, kvm=os.open("/dev/kvm", os.O_RDWR | os.O_CLOEXEC), vsock=VsockConfig(3)
+    )
+    return replace(made, **changes)
+
+
+def toy(
+    code: bytes = COUNT, *, memory: GuestMemory | None = None, size: int = 16 * MIB, **changes: Any
+) -> tuple[Machine, Probe]:
+    """BUILT, its first vcpu at ``code`` in real mode."""
+    machine = prepare(config(size, **changes), memory or GuestMemory.anonymous(size))
+    probe = Probe()
+    machine.pio.add(PORT, 4, probe)
+    wire(machine)
+    machine.control = Control(machine.loop, -1, {})
+    machine.memory.write(CODE, code)
+    enter_real_mode(machine.vcpus.threads[0].vcpu)
+    return machine, probe
+
+
+def spin(machine: Machine, until: Callable[[], bool], timeout: float = 20) -> None:
+    """Run the machine's loop on this thread until ``until`` holds; it is asked every few milliseconds."""
+    deadline = time.monotonic() + timeout
+
+    def look() -> None:
+        if until() or time.monotonic() > deadline:
+            machine.loop.stop()
+        else:
+            machine.loop.timer(0.002, look)
+
+    machine.loop.soon(look)
+    machine.loop.run()
+    assert until(), "it did not happen in time"
+
+
+def counter(machine: Machine) -> int:
+    return machine.memory.u32(COUNTER)
+
+
+__all__ = ["COUNT", "COUNTER", "MIB", "PORT", "Machine", "Probe", "System", "config", "counter", "spin", "threading", "toy"]
