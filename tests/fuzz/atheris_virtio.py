@@ -11,10 +11,11 @@ import sys
 import atheris
 
 with atheris.instrument_imports(include=["posada"]):
+    import virtio_hostile
     import virtio_worlds
 
 if __name__ == "__main__":
     world = virtio_worlds.WORLDS[sys.argv.pop(1)]
-    virtio_worlds.quiet()
-    atheris.Setup(sys.argv, lambda data: virtio_worlds.run(world, data))
+    virtio_hostile.quiet()
+    atheris.Setup(sys.argv, lambda data: virtio_hostile.run(world, data))
     atheris.Fuzz()

@@ -10,7 +10,8 @@ import os
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from virtio_worlds import WORLDS, run
+from virtio_hostile import run
+from virtio_worlds import WORLDS
 
 PROGRAMS = int(os.environ.get("POSADA_FUZZ", "150"))
 
