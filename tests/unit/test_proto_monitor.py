@@ -34,7 +34,7 @@ LAYERS = [{"disk": "root", "top": 0, "frozen": 1}]
         (Op.QUIT, {"reason": "because"}, 0),
         (Op.SWITCH, {"layers": LAYERS}, 2),
         (Op.SWITCH, {"layers": []}, 0),
-        (Op.CAPTURE, {"memory": 2, "devices": 3, "layers": LAYERS}, 4),
+        (Op.CAPTURE, {"memory": 2, "devices": 3, "pagemap": 4, "layers": LAYERS}, 5),
         (Op.CHILD, {"config": {"uuid": "x", "disks": []}}, 9),
         (Op.DETACH, {"name": "data", "timeout": 20}, 0),
         (Op.RESIZE_DISK, {"name": "data", "size": 1 << 40}, 0),

@@ -37,6 +37,7 @@ from posada.vmm.virtio.device import Device
 from posada.vmm.virtio.mmio import MmioTransport
 from posada.vmm.virtio.net import Net
 from posada.vmm.virtio.rng import Rng
+from posada.vmm.virtio.spare import Bay
 from posada.vmm.virtio.vsock.device import Vsock
 
 CONSOLE_LOG_MAX = 1 << 20
@@ -99,7 +100,13 @@ def devices(config: MonitorConfig) -> Iterator[tuple[str, Device]]:
     if config.vsock is not None:
         yield "vsock", Vsock(config.vsock.cid, config.vsock.listeners, config.vsock.connect)
     for disk in config.disks:
-        yield f"disk:{disk.name}", Blk(open_chain(disk.chain, disk.size, disk.readonly), disk.name)
+        if disk.bay < 0:
+            yield disk.device, Blk(open_chain(disk.chain, disk.size, disk.readonly), disk.name)
+    inserted = {disk.bay: disk for disk in config.disks if disk.bay >= 0}
+    for index in range(config.bays):
+        there = inserted.get(index)
+        opened = open_chain(there.chain, there.size, there.readonly) if there is not None else None
+        yield f"bay:{index}", Bay(opened, there.name if there is not None else "")
     for index, nic in enumerate(config.nics):
         yield f"nic:{index}", Net(nic.mac, open_backend(nic.kind.value, nic.fd))
 

@@ -19,6 +19,7 @@ from posada.vmm.memory import MAX_SIZE, PAGE
 MAX_CPUS = 64
 MAX_DISKS = 16
 MAX_NICS = 8
+MAX_BAYS = 8
 MAX_FD = 1 << 20
 FORMATS = ("raw", "qcow2")
 
@@ -33,12 +34,21 @@ class NicKind(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class DiskConfig:
-    """``chain``: (descriptor, format) lowest first, as `posada.engine.base.DiskFile`; the last is written to."""
+    """``chain``: (descriptor, format) lowest first, as `posada.engine.base.DiskFile`; the last is written to.
+
+    ``bay``: it was put into that bay of a running machine (`posada.vmm.virtio.spare`); -1: it was there at power-on.
+    """
 
     name: str
     size: int
     chain: tuple[tuple[int, str], ...]
     readonly: bool = False
+    bay: int = -1
+
+    @property
+    def device(self) -> str:
+        """The name of its device in the machine."""
+        return f"disk:{self.name}" if self.bay < 0 else f"bay:{self.bay}"
 
     @classmethod
     def from_dict(cls, d: state.Document) -> DiskConfig:
@@ -55,6 +65,7 @@ class DiskConfig:
             size=state.integer(d, "size", 0, 1 << 62),
             chain=tuple(chain),
             readonly=state.boolean(d, "readonly", False),
+            bay=state.integer(d, "bay", -1, MAX_BAYS - 1, -1),
         )
 
 
@@ -173,6 +184,8 @@ class MonitorConfig:
     hugepages: bool = False
     generation_id: str = ""
     disks: tuple[DiskConfig, ...] = ()
+    bays: int = 0
+    """Block devices that wait for a disk."""
     nics: tuple[NicConfig, ...] = ()
     vsock: VsockConfig | None = None
     console: ConsoleConfig = field(default_factory=ConsoleConfig)
@@ -253,6 +266,7 @@ class MonitorConfig:
             hugepages=state.boolean(d, "hugepages", False),
             generation_id=state.text(d, "generation_id", 36, ""),
             disks=tuple(map(DiskConfig.from_dict, state.children(d, "disks", MAX_DISKS))),
+            bays=state.integer(d, "bays", 0, MAX_BAYS, 0),
             nics=tuple(map(NicConfig.from_dict, state.children(d, "nics", MAX_NICS))),
             vsock=VsockConfig.from_dict(state.child(d, "vsock")) if d.get("vsock") is not None else None,
             console=ConsoleConfig.from_dict(state.child(d, "console")),
