@@ -54,7 +54,7 @@ def build(config: MonitorConfig) -> Machine:
     until then the process's end closes.
     """
     machine = prepare(config, GuestMemory.anonymous(config.memory, config.hugepages))
-    rsdp = write_tables(machine)
+    rsdp = write_firmware(machine)
     entry = load(machine.memory, config.kernel, config.initrd, config.append, rsdp)
     wire(machine)
     cpu.set_entry(machine.vcpus.threads[0].vcpu, entry)
@@ -151,9 +151,10 @@ def add_virtio(machine: Machine, name: str, device: Device) -> None:
     machine.mmio.add(address, layout.VIRTIO_MMIO_SIZE, slot.transport)
 
 
-def write_tables(machine: Machine) -> int:
-    """ACPI tables and the generation ID into memory. Returns the RSDP's address."""
+def write_firmware(machine: Machine) -> int:
+    """What firmware would leave in memory: ACPI tables, generation ID, reset vector. Returns the RSDP's address."""
     transports = [dsdt.Transport(slot.address, slot.line.gsi) for slot in machine.slots.values()]
     machine.memory.write(layout.ACPI_TABLES, tables.build(machine.config.cpus, transports))
     machine.memory.write(layout.VMGENID, tables.generation_bytes(machine.config.generation_id))
+    machine.memory.write(layout.RESET_VECTOR, power.reset_code(layout.EVENT_PORT + power.RESET))
     return layout.ACPI_TABLES

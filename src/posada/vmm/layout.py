@@ -38,6 +38,9 @@ ACPI_TABLES_SIZE = 0x1_0000
 VMGENID = 0xF_0000
 """The page of RAM that holds the VM generation ID."""
 
+RESET_VECTOR = 0xF_FFF0
+"""Where a PC starts after a reset; here, code that asks for one."""
+
 VIRTIO_MMIO = 0xD000_0000
 VIRTIO_MMIO_SIZE = 0x1000
 IOAPIC = 0xFEC0_0000

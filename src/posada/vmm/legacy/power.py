@@ -20,6 +20,15 @@ RESET_VALUE = 1
 _SLEEP_ENABLE = 0x20
 
 
+def reset_code(port: int) -> bytes:
+    """16-bit code that writes RESET_VALUE to the reset register at ``port``, for the reset vector.
+
+    Linux takes hardware-reduced ACPI for a sign of EFI, finds none, and resets the machine by a jump to the BIOS.
+    """
+    # mov dx, port; mov al, RESET_VALUE; out dx, al; hlt; jmp to the hlt
+    return bytes([0xBA, port & 0xFF, port >> 8, 0xB0, RESET_VALUE, 0xEE, 0xF4, 0xEB, 0xFD])
+
+
 class Event(enum.IntFlag):
     """Bits of the event register; the DSDT's _EVT knows them."""
 
