@@ -132,7 +132,7 @@ class File:
             number = ctypes.get_errno()
             if number == errno.EINTR:
                 continue
-            if number in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EPERM):
+            if number in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EPERM, errno.ENOSPC):  # btrfs may need room to punch
                 return False
             raise OSError(number, os.strerror(number))
         return True

@@ -103,13 +103,13 @@ class Clusters:
                     hole, length = cluster, 0
                 length += 1
             self._punch(hole << bits, length << bits)
+        self.refcounts.write_blocks()
 
     def freeze(self) -> None:
         """The file is complete, and nothing is written to it any more but what `flush` has to make durable."""
         self.commit()
         if self._retired:
             self.flush()
-            self.commit()
         self.image.readonly = True
         self.refcounts = None
 

@@ -248,7 +248,6 @@ class Qcow2Disk:
         try:
             if not self.readonly and self.image.damage is None:
                 self.flush()
-                self.clusters.commit()  # the refcounts that the flush gave back
         finally:
             self.file.close()
             if self.backing is not None:
