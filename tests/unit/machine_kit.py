@@ -5,19 +5,22 @@ The guest counts in memory and writes each count to a port, for ever; `Probe` is
 
 from __future__ import annotations
 
+import json
 import os
-import threading
+import select
+import signal
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 from kvm_kit import CODE, enter_real_mode
 
-from posada.kvm import System
 from posada.vmm.builder import prepare, wire
 from posada.vmm.config import MonitorConfig, VsockConfig
 from posada.vmm.control import Control
+from posada.vmm.fork import Forked, Forker
 from posada.vmm.machine import Machine
 from posada.vmm.memory import GuestMemory
 
@@ -51,7 +54,12 @@ class Probe:
 def config(memory: int = 16 * MIB, **changes: Any) -> MonitorConfig:
     """A machine with a vsock device and no descriptor but /dev/kvm, which is opened."""
     made = MonitorConfig(
-        uuid="", name="toy", cpus=1, memory=memory, kvm=os.open("/dev/kvm", os.O_RDWR | os.O_CLOEXEC), vsock=VsockConfig(3)
+        uuid="",
+        name="toy",
+        cpus=1,
+        memory=memory,
+        kvm=os.open("/dev/kvm", os.O_RDWR | os.O_CLOEXEC),
+        vsock=VsockConfig(3),
     )
     return replace(made, **changes)
 
@@ -85,8 +93,64 @@ def spin(machine: Machine, until: Callable[[], bool], timeout: float = 20) -> No
     assert until(), "it did not happen in time"
 
 
+def monitor(body: Callable[[Callable[..., None]], None], timeout: float = 40) -> list[dict[str, Any]]:
+    """Run ``body(report)`` in a process of its own, and the children it forks; returns what they all reported, in order.
+
+    ``report(key=value, …)``. A process ends when ``body`` returns in it; this returns when all have ended.
+    """
+    reader, writer = os.pipe()
+    pid = os.fork()
+    if not pid:
+        os.close(reader)
+        signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+
+        def report(**values: Any) -> None:
+            os.write(writer, json.dumps(values).encode() + b"\n")
+
+        try:
+            body(report)
+        except BaseException:
+            report(error=traceback.format_exc())
+        finally:
+            os._exit(0)
+    os.close(writer)
+    data = b""
+    deadline = time.monotonic() + timeout
+    while select.select([reader], [], [], max(0.0, deadline - time.monotonic()))[0]:
+        part = os.read(reader, 1 << 16)
+        if not part:
+            break
+        data += part
+    else:
+        os.kill(pid, signal.SIGKILL)
+        data += b'{"error": "it took too long"}\n'
+    os.close(reader)
+    os.waitpid(pid, 0)
+    reports: list[dict[str, Any]] = [json.loads(line) for line in data.splitlines()]
+    assert not [r["error"] for r in reports if "error" in r], reports
+    return reports
+
+
+def fork(machine: Machine, forker: Forker, children: int, **changes: Any) -> Forked | None:
+    """Fork as the control socket's handler does, from the loop. None in a child."""
+    outcome: list[Forked | None] = []
+    configs = [child(machine, index, **changes) for index in range(children)]
+    machine.loop.soon(lambda: outcome.append(forker.fork(configs)))
+    spin(machine, lambda: bool(outcome))
+    return outcome[0]
+
+
+def child(machine: Machine, index: int, **changes: Any) -> MonitorConfig:
+    """A child's configuration: no descriptors, a generation id and a cid of its own."""
+    return replace(
+        machine.config,
+        name=f"child{index}",
+        kvm=-1,
+        generation_id=f"00000000-0000-0000-0000-{index + 1:012}",
+        vsock=VsockConfig(100 + index),
+        **changes,
+    )
+
+
 def counter(machine: Machine) -> int:
     return machine.memory.u32(COUNTER)
-
-
-__all__ = ["COUNT", "COUNTER", "MIB", "PORT", "Machine", "Probe", "System", "config", "counter", "spin", "threading", "toy"]

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
         def write(self, data: bytes) -> None: ...
 
+        def close(self) -> None: ...
+
 
 #: Bytes of recent output kept for new clients.
 RECENT = 16 << 10
@@ -59,6 +61,12 @@ class PathLog:
             self._size += os.write(self._fd, data)
         except OSError:
             pass  # a full disk, or a log directory that was deleted: the machine matters more
+
+    def close(self) -> None:
+        """Idempotent."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
 
 
 class DescriptorLog:
@@ -181,6 +189,7 @@ class Console:
 
     def reopen(self, listener: int, log: Log) -> None:
         """In a forked child: its own listener and log. The clients are the parent's; the recent output is both's."""
+        self._log.close()
         for fd in [*self._clients, self._listener]:
             if fd >= 0:
                 self._watcher.unwatch(fd)

@@ -51,11 +51,11 @@ class Forker:
     def fork(self, children: Sequence[MonitorConfig], switch: Callable[[], object] = lambda: None) -> Forked | None:
         """Make ``children``; in each of them it returns None, and the machine is the child's.
 
-        On the loop's thread, from `Loop.soon`: a child goes on in the same loop, and must not dispatch what the
-        parent's epoll had found ready. ``switch`` puts the parent's disks, frozen by then, on their new layers.
-        Descriptors in ``children`` are taken over: a child keeps its own, the parent none. A child that cannot live says
-        so to its starter; they have no ``kvm``, and keep the parent's. The parent's vcpus run on, or stand still as before, also when this raises (KvmError,
-        OSError, ImageError).
+        On the loop's thread, from `Loop.soon`: a child goes on in the same loop, and must not dispatch what the parent's
+        epoll had found ready. ``switch`` puts the parent's disks, frozen by then, on their new layers. Descriptors in
+        ``children`` are taken over: a child keeps its own, the parent none; they have no ``kvm``, and keep the parent's.
+        A child that cannot live says so to its starter. The parent's vcpus run on, or stand still as before, also when
+        this raises (KvmError, OSError, ImageError).
         """
         machine = self._machine
         given = [_descriptors(config) for config in children]
@@ -123,7 +123,12 @@ class Forker:
 
 def _descriptors(config: MonitorConfig) -> list[int]:
     found: list[int] = []
-    config.relocated(lambda fd: found.append(fd) or fd)
+
+    def note(fd: int) -> int:
+        found.append(fd)
+        return fd
+
+    config.relocated(note)
     return found
 
 
@@ -165,7 +170,7 @@ def _log(config: MonitorConfig) -> DescriptorLog:
 
 def hardware(config: MonitorConfig) -> dict[str, dict[str, Any]]:
     """What each device gets from `Device.reopen`, by its name in the machine (`posada.vmm.builder.devices`)."""
-    given: dict[str, dict[str, Any]] = {f"disk:{disk.name}": _disk(disk) for disk in config.disks}
+    given: dict[str, dict[str, Any]] = {disk.device: _disk(disk) for disk in config.disks}
     if config.vsock is not None:
         vsock = config.vsock
         given["vsock"] = {"cid": vsock.cid, "listeners": vsock.listeners, "connect": vsock.connect}
