@@ -16,11 +16,13 @@ if __name__ == "__main__":  # -I: not even our own package is on the path
 from posada.errors import PosadaError
 from posada.proto import cbor
 from posada.runtime import ending
-from posada.vmm import jail, process
+from posada.vmm import jail, process, snapshot
+from posada.vmm.branching import Branching
 from posada.vmm.builder import build
 from posada.vmm.config import MonitorConfig
 from posada.vmm.control import Control
 from posada.vmm.machine import Machine
+from posada.vmm.tuning import Tuning
 from posada.vmm.verbs import Verbs
 
 MAX_CONFIG = 1 << 20
@@ -37,7 +39,7 @@ def main(argv: list[str]) -> int:
         if starter >= 0:
             process.daemonize()
             process.announce(starter)
-        machine = build(config)
+        machine = make(config)
         settle(machine)
     except (PosadaError, OSError, cbor.CborError) as error:
         process.refuse(starter, error)
@@ -46,13 +48,22 @@ def main(argv: list[str]) -> int:
     return 0
 
 
+def make(config: MonitorConfig) -> Machine:
+    """From power-on, or from where another machine was saved."""
+    if config.restore is None:
+        return build(config)
+    document = snapshot.Document.read(config.restore.devices)
+    os.close(config.restore.devices)
+    return snapshot.restore(config, document, config.restore.memory)
+
+
 def settle(machine: Machine) -> None:
     """Into the jail, with the last door open: the control socket. Raises OSError."""
     config = machine.config
     process.settle(machine.life, lambda: machine.end(ending.KILLED))
     gone = jail.enter(config.jail)
-    verbs = Verbs(machine, gone)
-    machine.control = Control(machine.loop, config.control, verbs.handlers(), machine.life.note)
+    handlers = Verbs(machine, gone).handlers() | Branching(machine).handlers() | Tuning(machine).handlers()
+    machine.control = Control(machine.loop, config.control, handlers, machine.life.note)
     process.warm()
     gone += jail.lock_main(config.jail)
 
@@ -65,7 +76,8 @@ def read_config(fd: int) -> MonitorConfig:
 
 def run(machine: Machine) -> None:
     """From the first instruction to the exit record."""
-    machine.start()
+    restore = machine.config.restore
+    machine.start(paused=restore is not None and restore.paused)
     machine.life.started()
     try:
         machine.loop.run()
