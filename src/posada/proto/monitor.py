@@ -125,7 +125,7 @@ ARGUMENTS: dict[Op, dict[str, Check]] = {
     Op.DETACH: {"name": _NAME, "timeout": _seconds},
     Op.RESIZE_DISK: {"name": _NAME, "size": _whole(512, 1 << 62)},
     Op.SET_MEMORY: {"size": _whole(0, 1 << 62)},
-    Op.NIC: {"index": _whole(0, 63), "fd": _descriptor},
+    Op.NIC: {"index": _whole(0, 63), "fd?": _descriptor},
     Op.METRICS: {},
     Op.REGISTERS: {},
     Op.TRACE: {"limit": _whole(0, 1 << 20)},

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from posada.errors import EngineError, Timeout
 from posada.proto.monitor import Op
 from posada.vmm.block.chain import open_chain
@@ -77,7 +79,10 @@ class Tuning:
         slot = self._machine.slots.get(f"nic:{call.args['index']}")
         if slot is None or not isinstance(slot.transport.device, Net):
             raise EngineError(f"the machine has no network interface {call.args['index']}")
-        slot.transport.device.reopen({"kind": NicKind.PASST, "fd": call.given.take(call.args["fd"])})
+        given: dict[str, Any] = {"kind": NicKind.NONE}
+        if "fd" in call.args:
+            given = {"kind": NicKind.PASST, "fd": call.given.take(call.args["fd"])}
+        slot.transport.device.reopen(given)
         return {}
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from posada.engine.base import Capture, DiskFile, Forked, Launch, NewLayer, Probe, SnapshotFiles, Status, Usage
 from posada.engine.common import cgroups, process
 from posada.engine.common.usage import usage_of
-from posada.engine.kvm import branch, machine, probe, tune
+from posada.engine.kvm import branch, machine, probe, stack, tune
 from posada.engine.kvm.control import connect
 from posada.engine.kvm.files import channels, clear
 from posada.engine.kvm.machine import NAME
@@ -102,6 +102,7 @@ class KvmEngine:
         await machine.kill(running.process, Path(running.runtime))
 
     def reap(self, launch_runtime: Path) -> None:
+        stack.reap(machine.read_running(launch_runtime))
         clear(launch_runtime)
         cgroups.remove(launch_runtime.name)
 

@@ -76,6 +76,11 @@ class Descriptors(contextlib.ExitStack):
                 raise
             raise HostError(f"cannot open the {kind} of the machine: {error}") from error
 
+    def add(self, fd: int) -> int:
+        """Give a descriptor that has no role. It is closed at the end. Returns it."""
+        self._give(fd)
+        return fd
+
     def _give(self, fd: int, *, own: bool = True) -> int:
         if own:
             self.callback(os.close, fd)

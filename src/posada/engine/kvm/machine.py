@@ -10,7 +10,9 @@ import secrets
 import signal
 import struct
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import msgspec
@@ -18,7 +20,7 @@ import msgspec
 from posada.engine.base import Launch, Status
 from posada.engine.common import cgroups, process
 from posada.engine.common.identity import jail_uid
-from posada.engine.kvm import config, net
+from posada.engine.kvm import config, net, stack
 from posada.engine.kvm.files import Descriptors, clear
 from posada.engine.kvm.spawn import Newborn, confined, inherit, limits
 from posada.errors import EngineError, EngineGone, Unsupported
@@ -57,6 +59,7 @@ async def start(launch: Launch) -> Running:
         network = await net.connect(launch)
         undo.push_async_callback(network.abandon)
         clear(launch.runtime)
+        stack.forget(launch)
         with Descriptors(launch, network.take()) as files:
             document = config.boot(launch, files.inherited, cid=new_cid(), uid=jail_uid(launch.uuid))
             newborn = inherit(document, files)
@@ -66,7 +69,7 @@ async def start(launch: Launch) -> Running:
 
 
 async def settle(
-    launch: Launch, newborn: Newborn, ports: tuple[PortRecord, ...], private: dict[str, Any] | None = None
+    launch: Launch, newborn: Newborn, ports: tuple[PortRecord, ...], private: Mapping[str, Any] = MappingProxyType({})
 ) -> Running:
     """Wait until a new machine runs, put it into its cgroups, record it, and let go of it. On failure nothing is left."""
     try:
@@ -80,9 +83,7 @@ async def settle(
     return running
 
 
-def record(
-    launch: Launch, found: Process, ports: tuple[PortRecord, ...], private: dict[str, Any] | None = None
-) -> Running:
+def record(launch: Launch, found: Process, ports: tuple[PortRecord, ...], private: Mapping[str, Any]) -> Running:
     """What a later process needs to know."""
     return Running(
         engine=NAME,
@@ -91,7 +92,7 @@ def record(
         started=time.time(),
         runtime=str(launch.runtime),
         ports=ports,
-        private={"agent": launch.agent, "disks": [disk.name for disk in launch.disks], **(private or {})},
+        private={"agent": launch.agent, "macs": list(launch.macs), **config.Shape().to_private(), **private},
     )
 
 
@@ -107,6 +108,12 @@ def write_running(runtime: Path, running: Running) -> None:
     temporary = runtime / ".running.json"
     temporary.write_bytes(msgspec.json.encode(running))
     os.replace(temporary, runtime / "running.json")
+
+
+def current(running: Running) -> Running:
+    """As it is now: what changes while it runs (ports, attached disks) is in the record of the runtime directory."""
+    stored = read_running(Path(running.runtime))
+    return stored if stored is not None and stored.process == running.process else running
 
 
 def status_of(found: Process, runtime: Path) -> Status:

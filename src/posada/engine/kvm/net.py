@@ -3,6 +3,8 @@
 passt(1) takes its end of a connected socket (``--fd``), confines itself (own user, empty root, seccomp), and forwards the
 host ports it was started with. It cannot change them while it runs: then a new one takes its place, and connections
 through the old one end. The guest sees the network that QEMU's user mode has (`posada.host.bootline`).
+
+It is nobody's child, as the monitor is, and says that it is ready by writing its pid, once its ports are bound.
 """
 
 from __future__ import annotations
@@ -12,21 +14,23 @@ import contextlib
 import errno
 import os
 import socket
+import struct
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 
 from posada.engine.base import Launch
+from posada.engine.common.identity import jail_uid
 from posada.engine.kvm.probe import find_passt
 from posada.errors import EngineError, HostError, Unsupported
-from posada.model.machine import PortSpec
 from posada.model.records import PortRecord
 
-#: Seconds for passt to be ready, which it says by leaving the foreground.
-_START_TIMEOUT = 10.0
+#: Seconds for passt to be ready, and for one that is not wanted any more to give up its ports.
+_START_TIMEOUT, _END_TIMEOUT = 10.0, 5.0
 _TRIES = 5
+_GUEST, _GATEWAY = "10.0.2.15", "10.0.2.2"
 _NETWORK = (
-    "--ipv4-only", "--address", "10.0.2.15", "--netmask", "24", "--gateway", "10.0.2.2", "--dns-forward", "10.0.2.3",
-    "--mtu", "1500", "--no-dhcp-search", "--quiet",
+    "--ipv4-only", "--address", _GUEST, "--netmask", "24", "--gateway", _GATEWAY, "--dns-forward", "10.0.2.3",
+    "--mtu", "1500", "--no-dhcp-search", "--quiet", "--foreground",
 )  # fmt: skip
 
 
@@ -34,28 +38,74 @@ class Network:
     """The network of one machine: descriptors for its NICs, and the ports that are forwarded."""
 
     def __init__(self, fds: Sequence[int] = (), ports: Sequence[PortRecord] = ()) -> None:
-        self._fds = list(fds)
+        self.fds = list(fds)
         self.ports = tuple(ports)
 
     def take(self) -> list[int]:
         """The descriptors, one for each NIC; the caller's from now on."""
-        fds, self._fds = self._fds, []
+        fds, self.fds = self.fds, []
         return fds
 
     async def abandon(self) -> None:
-        """Let passt end, unless its socket was taken."""
+        """Close them. passt ends, unless the monitor has its socket."""
         for fd in self.take():
             os.close(fd)
 
 
 async def connect(launch: Launch) -> Network:
-    """The network that a launch asks for. On failure nothing is left. Raises Unsupported, HostError."""
+    """The network that a launch asks for. On failure nothing is left. Raises Unsupported, HostError, EngineError."""
     if not launch.macs:
         return Network()
     if len(launch.macs) > 1:
         raise Unsupported("kvm", "more than one user-mode network", hint="drop some from nics")
     wanted = [PortRecord(p.guest, p.host or 0, p.address, p.protocol) for p in launch.spec.ports]
-    return await attach(wanted)
+    return await serve(launch.uuid, launch.macs[0], wanted)
+
+
+async def change(
+    uuid: str,
+    mac: str,
+    before: Sequence[PortRecord],
+    after: Sequence[PortRecord],
+    give: Callable[[int | None], Awaitable[object]],
+) -> tuple[PortRecord, ...]:
+    """Forward other ports. ``give`` hands the NIC's new descriptor to the monitor; None takes the cable out.
+
+    Returns them as they are bound. On failure those of ``before`` are forwarded again. Raises HostError, EngineError.
+    """
+    require_passt()
+    for port in after:
+        if port not in before:
+            choose(port)  # before anything is given up
+    await give(None)
+    await _until_free(before)
+    try:
+        network = await serve(uuid, mac, after)
+    except BaseException:
+        await _give(await serve(uuid, mac, before), give)
+        raise
+    await _give(network, give)
+    return network.ports
+
+
+async def _give(network: Network, give: Callable[[int | None], Awaitable[object]]) -> None:
+    try:
+        for fd in network.fds:
+            await give(fd)
+    finally:
+        await network.abandon()
+
+
+async def _until_free(ports: Sequence[PortRecord]) -> None:
+    """The old passt sees the end of its socket, and ends."""
+    deadline = asyncio.get_running_loop().time() + _END_TIMEOUT
+    while asyncio.get_running_loop().time() < deadline:
+        try:
+            for port in ports:
+                choose(port)
+            return
+        except HostError:
+            await asyncio.sleep(0.005)  # nobody tells when a process that is not ours has ended
 
 
 def require_passt() -> str:
@@ -67,21 +117,7 @@ def require_passt() -> str:
     return found
 
 
-async def attach(wanted: Sequence[PortRecord]) -> Network:
-    """A passt that forwards these ports; host 0: any free one. Raises Unsupported, HostError, EngineError."""
-    binary = require_passt()
-    for left in range(_TRIES, 0, -1):
-        ports = [_chosen(port) for port in wanted]
-        try:
-            return Network([await _run(binary, ports)], ports)
-        except EngineError:
-            # A free port that somebody took in between is no reason to give up; a port that was asked for is.
-            if left == 1 or all(port.host for port in wanted):
-                raise
-    raise EngineError("no free port could be had")
-
-
-def _chosen(port: PortRecord) -> PortRecord:
+def choose(port: PortRecord) -> PortRecord:
     """With a host port that is free now. Raises HostError."""
     kind = socket.SOCK_DGRAM if port.protocol == "udp" else socket.SOCK_STREAM
     with socket.socket(socket.AF_INET, kind) as sock:
@@ -89,6 +125,8 @@ def _chosen(port: PortRecord) -> PortRecord:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as passt does: TIME_WAIT is no obstacle
         try:
             sock.bind((port.address, port.host))
+            if port.protocol == "tcp":
+                sock.listen(1)  # two may be bound to a port with SO_REUSEADDR, of which only one can listen
         except OSError as error:
             taken = error.errno == errno.EADDRINUSE
             hint = "choose another host port, or leave it out" if taken else None
@@ -97,45 +135,67 @@ def _chosen(port: PortRecord) -> PortRecord:
         return PortRecord(port.guest, int(sock.getsockname()[1]), port.address, port.protocol)
 
 
-def check_free(ports: Sequence[PortSpec]) -> None:
-    """Raise HostError for the first port that is taken."""
-    for port in ports:
-        if port.host is not None:
-            _chosen(PortRecord(port.guest, port.host, port.address, port.protocol))
+async def serve(uuid: str, mac: str, wanted: Sequence[PortRecord]) -> Network:
+    """A passt for a guest of that MAC; host port 0: any free one. Raises Unsupported, HostError, EngineError."""
+    binary = require_passt()
+    for left in range(_TRIES, 0, -1):
+        ports = [choose(port) for port in wanted]
+        ours, theirs = socket.socketpair()
+        with contextlib.ExitStack() as undo:
+            undo.callback(ours.close)
+            with theirs:
+                said = _run([binary, *arguments(ports, theirs.fileno(), jail_uid(uuid))], theirs.fileno())
+            undo.callback(os.close, said)
+            try:
+                await _ready(ours, mac, said)
+            except EngineError:
+                # A free port that somebody took in between is no reason to give up; a port that was asked for is.
+                if left == 1 or all(port.host for port in wanted):
+                    raise
+                continue
+            return Network([os.dup(ours.fileno())], ports)
+    raise EngineError("no free port could be had")
 
 
-def arguments(ports: Sequence[PortRecord], fd: int) -> list[str]:
+def arguments(ports: Sequence[PortRecord], fd: int, uid: int | None) -> list[str]:
     """passt's command line, after its name."""
     words = [*_NETWORK, "--fd", str(fd)]
+    if uid is not None:
+        words += ["--runas", f"{uid}:{uid}"]
     for port in ports:
         option = "--tcp-ports" if port.protocol == "tcp" else "--udp-ports"
         words += [option, f"{port.address}/{port.host}:{port.guest}"]
     return words
 
 
-async def _run(binary: str, ports: Sequence[PortRecord]) -> int:
-    """Our end of a passt that is ready. It goes to the background by itself."""
-    ours, theirs = socket.socketpair()
-    with contextlib.ExitStack() as undo:
-        undo.callback(ours.close)
-        with theirs:
-            process = await asyncio.create_subprocess_exec(
-                binary,
-                *arguments(ports, theirs.fileno()),
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.PIPE,
-                pass_fds=(theirs.fileno(),),
-                cwd="/",
-            )
-        try:
-            async with asyncio.timeout(_START_TIMEOUT):
-                _, said = await process.communicate()
-        except BaseException:
-            with contextlib.suppress(ProcessLookupError):
-                process.kill()
-            raise
-        if process.returncode:
-            raise EngineError("passt did not start", detail=said.decode(errors="replace")[-500:])
-        undo.pop_all()
-        return ours.detach()
+def _run(words: list[str], fd: int) -> int:
+    """Start passt in the background. Returns where it says what is wrong; its end is passt's."""
+    said, errors = os.pipe()
+    try:
+        # The shell is our child, and gone at once; passt is init's.
+        null = subprocess.DEVNULL
+        command = ["/bin/sh", "-c", '"$@" &', "sh", *words]
+        subprocess.run(command, stdin=null, stdout=null, stderr=errors, pass_fds=(fd,), cwd="/", check=False)
+    finally:
+        os.close(errors)
+    return said
+
+
+async def _ready(ours: socket.socket, mac: str, said: int) -> None:
+    """Ask passt who has the gateway's address: it answers once its ports are bound. Raises EngineError."""
+    loop = asyncio.get_running_loop()
+    ours.setblocking(False)
+    source, nobody = bytes.fromhex(mac.replace(":", "")), bytes(6)
+    request = b"\xff" * 6 + source + b"\x08\x06" + struct.pack(">HHBBH", 1, 0x800, 6, 4, 1)
+    request += source + socket.inet_aton(_GUEST) + nobody + socket.inet_aton(_GATEWAY)
+    try:
+        async with asyncio.timeout(_START_TIMEOUT):
+            await loop.sock_sendall(ours, struct.pack(">I", len(request)) + request)
+            if await loop.sock_recv(ours, 4096):
+                return
+    except TimeoutError:
+        raise EngineError(f"passt is not ready after {_START_TIMEOUT:g} s") from None
+    except OSError:
+        pass  # it is gone
+    lines = [line for line in os.read(said, 65536).decode(errors="replace").splitlines() if "syslog" not in line]
+    raise EngineError("passt did not start", detail="\n".join(lines)[-500:])

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import os
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
+
+import msgspec
 
 from posada.engine.base import DiskFile
 from posada.engine.common.files import open_file
 from posada.engine.kvm import net
+from posada.engine.kvm.config import Shape, disk_config
 from posada.engine.kvm.control import Session, connect
-from posada.engine.kvm.machine import read_running, require_alive, write_running
+from posada.engine.kvm.machine import current, require_alive, write_running
 from posada.errors import Unsupported
 from posada.model.records import PortRecord, Running
 from posada.proto.monitor import Op
@@ -18,69 +25,82 @@ UNPLUG_TIMEOUT = 20.0
 
 
 async def attach_disk(running: Running, disk: DiskFile) -> None:
-    fds: list[int] = []
-    last = len(disk.chain) - 1
-    raise Unsupported("kvm", f"attaching disks {fds} {last} {open_file}")
+    running = current(running)
+    shape = Shape.from_private(running.private).with_disk(disk.name)
+    with contextlib.ExitStack() as stack:
+        fds: list[int] = []
+
+        def give(role: str) -> int:
+            index, access = role.split(":")[2:]
+            fds.append(open_file(disk.chain[int(index)][0], writable=access == "rw"))
+            stack.callback(os.close, fds[-1])
+            return len(fds) - 1
+
+        document = dataclasses.asdict(disk_config(disk, give, shape.inserted[disk.name]))
+        async with session_of(running) as session:
+            await session.call(Op.ATTACH, {"disk": document}, fds=fds)
+    _store(running, shape)
 
 
 async def detach_disk(running: Running, name: str) -> None:
-    async with _session(running) as session:
-        await session.call(Op.DETACH, {"name": name, "timeout": UNPLUG_TIMEOUT}, timeout=UNPLUG_TIMEOUT + 10)
+    running = current(running)
+    shape = Shape.from_private(running.private)
+    if name not in shape.inserted:
+        hint = "stop the machine first; only disks that were attached while it ran can be detached"
+        raise Unsupported("kvm", f"detaching disk {name!r}, which was there when the machine started", hint=hint)
+    async with session_of(running) as session:
+        args = {"name": name, "timeout": UNPLUG_TIMEOUT}
+        await session.call(Op.DETACH, args, timeout=UNPLUG_TIMEOUT + 10)
+    _store(running, shape.without_disk(name))
+
+
+def _store(running: Running, shape: Shape) -> None:
+    private = {**running.private, **shape.to_private()}
+    write_running(Path(running.runtime), msgspec.structs.replace(running, private=private))
 
 
 async def resize_disk(running: Running, name: str, size: int) -> None:
-    async with _session(running) as session:
+    async with session_of(running) as session:
         await session.call(Op.RESIZE_DISK, {"name": name, "size": size}, timeout=60)
 
 
 async def set_memory(running: Running, size: int) -> None:
-    async with _session(running) as session:
+    async with session_of(running) as session:
         await session.call(Op.SET_MEMORY, {"size": size})
 
 
 async def add_port(running: Running, port: PortRecord) -> PortRecord:
-    before = ports_of(running)
-    network = await net.attach([*before, port])
-    await _connect(running, network)
-    return network.ports[-1]
+    return (await _forward(running, lambda before: [*before, port]))[-1]
 
 
 async def remove_port(running: Running, port: PortRecord) -> None:
-    left = [known for known in ports_of(running) if known != port]
-    await _connect(running, await net.attach(left))
+    await _forward(running, lambda before: [known for known in before if known != port])
 
 
-def ports_of(running: Running) -> tuple[PortRecord, ...]:
-    """The ports that are forwarded now: `running` may be an older record."""
-    stored = read_running(Path(running.runtime))
-    return (stored if stored and stored.process == running.process else running).ports
+async def _forward(
+    running: Running, change: Callable[[Sequence[PortRecord]], Sequence[PortRecord]]
+) -> Sequence[PortRecord]:
+    """Forward other ports than before."""
+    running = current(running)
+    async with session_of(running) as session:
+
+        async def give(fd: int | None) -> None:
+            if fd is None:
+                await session.call(Op.NIC, {"index": 0})
+            else:
+                await session.call(Op.NIC, {"index": 0, "fd": 0}, fds=[fd])
+
+        mac = (running.private.get("macs") or [""])[0]
+        if not mac:
+            raise Unsupported("kvm", "forwarded ports of a machine without network", hint="leave nics out of the spec")
+        ports = await net.change(Path(running.runtime).name, mac, running.ports, change(running.ports), give)
+    write_running(Path(running.runtime), msgspec.structs.replace(running, ports=ports))
+    return ports
 
 
-async def _connect(running: Running, network: net.Network) -> None:
-    """Put another passt in the place of the machine's, which ends."""
-    import os
-
-    import msgspec
-
-    fds = network.take()
-    try:
-        async with _session(running) as session:
-            await session.call(Op.NIC, {"index": 0, "fd": 0}, fds=fds)
-    finally:
-        for fd in fds:
-            os.close(fd)
-    write_running(Path(running.runtime), msgspec.structs.replace(running, ports=network.ports))
-
-
-class _session:
-    """A session with a machine that is known to be alive."""
-
-    def __init__(self, running: Running) -> None:
-        require_alive(running)
-        self._connection = connect(Path(running.runtime))
-
-    async def __aenter__(self) -> Session:
-        return await self._connection.__aenter__()
-
-    async def __aexit__(self, *what: object) -> None:
-        await self._connection.__aexit__(*what)  # type: ignore[arg-type]
+@contextlib.asynccontextmanager
+async def session_of(running: Running) -> AsyncIterator[Session]:
+    """A session with a machine that is known to be alive. Raises EngineGone."""
+    require_alive(running)
+    async with connect(Path(running.runtime)) as session:
+        yield session
