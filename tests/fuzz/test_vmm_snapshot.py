@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import copy
 import os
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from kvm_kit import needs_kvm
-from machine_kit import MIB, config, counter, spin, toy
 
 from posada.errors import KvmError, StateError
 from posada.vmm import memfile
 from posada.vmm.memory import PAGE
 from posada.vmm.snapshot import Document, restore
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))  # the kits are there
+from kvm_kit import needs_kvm
+from machine_kit import MIB, config, counter, spin, toy
 
 EXAMPLES = int(os.environ.get("POSADA_FUZZ_EXAMPLES", "60"))
 slow = settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck))
