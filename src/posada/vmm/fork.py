@@ -41,6 +41,26 @@ class Forked:
     pause: float
 
 
+class Child:
+    """A child to be, worked out before the pause: what a child does itself costs it a page fault at every step."""
+
+    def __init__(self, config: MonitorConfig) -> None:
+        self.config = config
+        self.descriptors: list[int] = []
+        config.relocated(self._note)
+        self.generation = generation_bytes(config.generation_id) if config.generation_id else None
+        self.hardware = hardware(config)
+
+    def _note(self, fd: int) -> int:
+        self.descriptors.append(fd)
+        return fd
+
+    def close(self) -> None:
+        """It is another process's."""
+        for fd in self.descriptors:
+            os.close(fd)
+
+
 class Forker:
     """Forks one machine, any number of times; in a child it is the child's."""
 
@@ -58,7 +78,7 @@ class Forker:
         this raises (KvmError, OSError, ImageError).
         """
         machine = self._machine
-        given = [_descriptors(config) for config in children]
+        born = [Child(config) for config in children]
         pids: list[int | OSError] = []
         me: int | None = None
         with machine.loop.lock:
@@ -78,11 +98,11 @@ class Forker:
                     for thread in running:
                         if not thread.held:
                             thread.unpark()
-                    for fd in [fd for fds in given for fd in fds]:
-                        os.close(fd)
+                    for child in born:
+                        child.close()
             if me is None:
                 return Forked(tuple(pids), time.monotonic() - begun)
-            self._become(children[me], [fd for index, fds in enumerate(given) if index != me for fd in fds])
+            self._become(born.pop(me), born)
             return None
 
     def _still(self) -> None:
@@ -97,39 +117,29 @@ class Forker:
             self._replay = Replay(machine.system, machine.vm, vcpus, machine.memory)
         self._replay.record(machine.clock if machine.state is State.PAUSED else None)
 
-    def _become(self, config: MonitorConfig, others: Sequence[int]) -> None:
+    def _become(self, me: Child, others: Sequence[Child]) -> None:
         """In a child: live, or die and say why."""
         try:
-            for fd in others:
-                os.close(fd)
-            self._start(config)
-            _adopt(self._machine, config)
+            self._start(me)
+            for other in others:
+                other.close()
+            _adopt(self._machine, me)
         except BaseException as error:
-            process.refuse(config.life.starter, error if isinstance(error, Exception) else RuntimeError(repr(error)))
+            starter = me.config.life.starter
+            process.refuse(starter, error if isinstance(error, Exception) else RuntimeError(repr(error)))
             os._exit(1)
 
-    def _start(self, config: MonitorConfig) -> None:
+    def _start(self, me: Child) -> None:
         """The kernel's part. The guest runs at once; whatever it asks of a device waits until the lock is let go."""
         machine, replay = self._machine, self._replay
         assert replay is not None
         replay.play()
-        if config.generation_id:
-            machine.memory.write(layout.VMGENID, generation_bytes(config.generation_id))
+        if me.generation is not None:
+            machine.memory.write(layout.VMGENID, me.generation)
         machine.state, machine.clock = State.RUNNING, None
         for thread in machine.vcpus.threads:
             thread.after_fork()
             thread.start()
-
-
-def _descriptors(config: MonitorConfig) -> list[int]:
-    found: list[int] = []
-
-    def note(fd: int) -> int:
-        found.append(fd)
-        return fd
-
-    config.relocated(note)
-    return found
 
 
 def _fork(pids: list[int | OSError]) -> bool:
@@ -144,8 +154,9 @@ def _fork(pids: list[int | OSError]) -> bool:
     return pid != 0
 
 
-def _adopt(machine: Machine, config: MonitorConfig) -> None:
+def _adopt(machine: Machine, me: Child) -> None:
     """Everything of the host's that the machine uses becomes the child's own."""
+    config = me.config
     machine.config = replace(config, kvm=machine.config.kvm)
     machine.loop.after_fork()
     machine.after_fork()
@@ -153,10 +164,9 @@ def _adopt(machine: Machine, config: MonitorConfig) -> None:
     machine.control.after_fork(config.control)
     machine.console.reopen(config.console.listener, _log(config))
     machine.life.after_fork(config.life, config.exit)
-    given = hardware(config)
     for name, slot in machine.slots.items():
-        slot.transport.device.reopen(given.get(name, {}))
-    if config.generation_id:
+        slot.transport.device.reopen(me.hardware.get(name, {}))
+    if me.generation is not None:
         machine.power.notify(Event.GENERATION)
     for slot in machine.slots.values():
         slot.transport.kick()

@@ -28,6 +28,7 @@ exist; nobody else holds or waits for the lock; `after_fork` gives each object a
 
 from __future__ import annotations
 
+import _thread
 import signal
 import threading
 import time
@@ -109,7 +110,7 @@ class VcpuThread:
         self._on_exit = on_exit
         self._begin = begin
         self._trace: deque[tuple[int, str]] | None = None
-        self._thread = threading.Thread(target=self._main, name=f"vcpu{index}", daemon=True)
+        self._ident = 0  # of its thread
 
     # called by others
 
@@ -121,15 +122,15 @@ class VcpuThread:
                 raise RuntimeError(f"vcpu {self.index} is {self.state.value}, and must be new")
             self.wanted = Wanted.PARK if parked else Wanted.RUN
             self.state = State.RUNNING
-        self._thread.start()
+            # Not threading.Thread: its start() waits until the thread runs, and a forked child cannot afford it.
+            self._ident = _thread.start_new_thread(self._main, ())
 
     def kick(self) -> None:
         """Make KVM_RUN return, now or at its next entry. Harmless at any time."""
         with self._lock:
             if self.state is State.RUNNING:
                 self.vcpu.immediate_exit = 1
-                if self._thread.ident is not None:
-                    signal.pthread_kill(self._thread.ident, KICK)
+                signal.pthread_kill(self._ident, KICK)
 
     def park(self, wait: bool = True) -> None:
         """Stand still, no access half done. With ``wait`` returns when it does. Idempotent; nothing if not started."""
@@ -143,7 +144,7 @@ class VcpuThread:
 
     def wait_parked(self) -> None:
         """Wait until it is not RUNNING; the lock is given up meanwhile. After ``park(wait=False)``."""
-        if threading.current_thread() is self._thread:
+        if _thread.get_ident() == self._ident:
             raise RuntimeError(f"vcpu {self.index} would wait for itself")
         with self._lock:
             self._changed.wait_for(lambda: self.state is not State.RUNNING)
@@ -157,7 +158,7 @@ class VcpuThread:
                 self._changed.notify_all()
 
     def stop(self) -> None:
-        """End the thread and wait for that. Idempotent. Not to be called on the thread itself."""
+        """End the thread's work and wait for that. Idempotent. Not to be called on the thread itself."""
         with self._lock:
             if self.state is State.NEW:
                 self.state = State.STOPPED
@@ -167,13 +168,12 @@ class VcpuThread:
             self._changed.notify_all()
             self.kick()
             self._changed.wait_for(lambda: self.state is State.STOPPED)
-        self._thread.join()
 
     def after_fork(self) -> None:
         """In a forked child, which has no other thread: NEW again, on the vcpu as the child has remade it."""
         self.state, self.wanted, self.held = State.NEW, Wanted.RUN, False
         self._changed = threading.Condition(self._lock)
-        self._thread = threading.Thread(target=self._main, name=f"vcpu{self.index}", daemon=True)
+        self._ident = 0
 
     def trace(self, entries: int) -> None:
         """Keep the last ``entries`` exits for `traced`; 0 ends it."""

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
-from uuid import UUID
 
 from posada.vmm import layout
 from posada.vmm.acpi import dsdt
@@ -44,7 +43,10 @@ def build(cpus: int, transports: Sequence[dsdt.Transport]) -> bytes:
 
 def generation_bytes(generation_id: str) -> bytes:
     """A VM generation ID as it lies in memory: a GUID, first three fields little-endian. Empty text: all zero."""
-    return UUID(generation_id).bytes_le if generation_id else bytes(16)
+    digits = bytes.fromhex(generation_id.replace("-", "")) if generation_id else bytes(16)
+    if len(digits) != 16:
+        raise ValueError(f"{generation_id!r} is no generation id")
+    return digits[3::-1] + digits[5:3:-1] + digits[7:5:-1] + digits[8:]
 
 
 def _rsdp(xsdt: int) -> bytes:
