@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import os
 
 import pytest
 from contract_kit import DISK, RAM, Inn
 
 from posada.errors import EngineError, ForkError, SpecError, Unsupported
+from posada.host import merging
+from posada.model.capabilities import Feature
 from posada.model.machine import PortSpec
 from posada.model.records import SnapshotKind
 from posada.model.states import State
@@ -186,3 +189,43 @@ async def test_a_fork_that_fails_as_a_whole_changes_nothing(inn: Inn) -> None:
     await note(inn, "one", "works")
     (kid,) = await inn.vms.fork("one")
     assert await notes(inn, kid.name) == ("works", "works")
+
+
+async def test_chains_stay_short_however_often_it_is_forked(inn: Inn, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And nothing is lost when layers are merged: not what was written before, between or after; not an old snapshot."""
+    if not inn.host.house.engine(inn.engine).capabilities().has(Feature.MERGE_LAYERS):
+        pytest.skip(f"the engine {inn.engine} does not merge layers")
+    monkeypatch.setattr(merging, "DEEP", 3)
+    await inn.machine()
+    await inn.put("one", "/root/first", "first")
+    point = await inn.vms.snapshot("one", "point")
+    (keeper,) = await inn.vms.fork("one", names=["keeper"])
+    running = inn.vms.get("one").running
+    assert running is not None
+    merged, opened, depth = 0, [], len(inn.vms.get("one").disks[0].chain)
+    for number in range(7):
+        await inn.put("one", DISK, f"then {number}")
+        await inn.put("one", f"/root/at-{number}", "x" * 100_000)
+        (kid,) = await inn.vms.fork("one")
+        assert await notes(inn, kid.name) == (None, f"then {number}")
+        await inn.vms.delete(kid.name, force=True)
+        now = len(inn.vms.get("one").disks[0].chain)
+        if now <= depth:
+            merged += 1
+            opened.append(len(os.listdir(f"/proc/{running.process.pid}/fd")))
+        depth = now
+        assert depth <= 5
+    assert merged >= 2
+    assert max(opened) - min(opened) < 4, "merged layers stay open"
+    await inn.sh("one", "sync")
+    if inn.engine != "fake":
+        await inn.sh("one", "sh", "-c", "echo 3 > /proc/sys/vm/drop_caches")
+    assert await inn.see("one", "/root/first") == "first"
+    assert [len(await inn.see("one", f"/root/at-{n}") or "") for n in range(7)] == [100_000] * 7
+    assert await notes(inn, keeper.name) == (None, None)
+    await inn.vms.restore("one", "point")
+    assert (await inn.see("one", "/root/first"), await inn.see("one", "/root/at-0")) == ("first", None)
+    assert inn.vms.get("one").disks[0].chain[:-1] == point.disks[0].chain
+    await inn.vms.delete_snapshot("one", "point")
+    (kid,) = await inn.vms.fork("one")
+    assert await inn.see(kid.name, "/root/first") == "first"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from host_kit import spec
 
 from posada.host.host import Host
+from posada.host.merging import DEEP
 from posada.model.machine import DiskSpec
 
 
@@ -58,6 +59,15 @@ async def fork_snapshot(host: Host) -> None:
     await host.vms.fork("one", 2, snapshot="point")
 
 
+async def merge(host: Host) -> None:
+    """Forks until the chain of ``one`` is deep, and is merged."""
+    await host.vms.start("one")
+    await host.vms.wait_ready("one")
+    for _ in range(DEEP + 1):
+        (child,) = await host.vms.fork("one", ephemeral=True)
+        await host.vms.delete(child.name, force=True)
+
+
 async def clone(host: Host) -> None:
     await host.vms.clone("one", name="two")
 
@@ -85,6 +95,6 @@ VERBS = {
     verb.__name__: verb
     for verb in (
         create, delete, start, snapshot, snapshot_at_rest, delete_snapshot, restore, restore_at_rest, fork,
-        fork_snapshot, clone, attach, attach_running, detach, detach_running,
+        fork_snapshot, merge, clone, attach, attach_running, detach, detach_running,
     )
 }  # fmt: skip

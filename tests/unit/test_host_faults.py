@@ -33,10 +33,12 @@ def points() -> list[str]:
     return sorted(found | {f"{kind}.{step}" for kind in kinds for step in ("begun", "ending")})
 
 
-#: Points in `posada.host.layers`, which are not of one action, are tried in these.
+#: Points in `posada.host.layers` and `merging`, which are not of one action, are tried in these.
 LAYERS = {
     "layers.made": ("snapshot", "snapshot_at_rest", "fork", "clone"),
     "layers.recorded": ("snapshot", "snapshot_at_rest", "fork", "clone"),
+    "layers.merged": ("merge",),
+    "layers.merge-recorded": ("merge",),
     "layers.dropped": ("restore", "restore_at_rest", "delete", "delete_snapshot", "detach"),
 }
 

@@ -188,7 +188,7 @@ class Runner(Protocol):
 
 
 class Capturer(Protocol):
-    """An engine that claims SNAPSHOT_FULL, RESTORE, FORK or FORK_SNAPSHOT."""
+    """An engine that claims SNAPSHOT_FULL, RESTORE, FORK, FORK_SNAPSHOT or MERGE_LAYERS."""
 
     async def capture(self, running: Running, target: Path, layers: Sequence[NewLayer]) -> Capture:
         """Save memory and devices into ``target`` (an empty directory) and switch disks to new layers, in one pause.
@@ -216,6 +216,14 @@ class Capturer(Protocol):
         No child may ever see a later write of the source, nor the source one of a child, in memory or on disk.
         Connections of the source survive. The source runs again (or stays paused) when this returns or raises.
         The children run, also those of a paused source.
+        """
+
+    async def merge(self, running: Running, disk: DiskFile, keep: int) -> int:
+        """Copy what the layers above the lowest ``keep`` hold into the top one, which then stands on those: MERGE_LAYERS.
+
+        Returns how many layers it stands on now: fewer than ``keep`` when an earlier merge was done and nobody lived to
+        record it. The disk reads the same at every instant, and no file but the top one is written to; it is durable when
+        this returns. On failure or cancellation the chain may be as it was, or merged. Raises EngineError.
         """
 
 

@@ -27,6 +27,7 @@ from posada.host.creating import forget
 from posada.host.house import House, now
 from posada.host.launch import build_launch, new_mac
 from posada.host.layers import grow, overlay, settle
+from posada.host.merging import merge_deep
 from posada.host.names import generate
 from posada.host.operations import Operation
 from posada.host.process import me
@@ -168,6 +169,7 @@ async def _from_running(
     house: House, vm: VmRecord, children: list[VmRecord], op: Operation
 ) -> tuple[list[VmRecord], Outcomes, bytes | None]:
     engine = house.engine(vm.engine)
+    vm = await merge_deep(house, vm, op)
     async with still(house, vm, op) as token, growing(house, vm) as growth:
         children = _overlays(house, growth.frozen, children)
         faults.point("fork.grown")

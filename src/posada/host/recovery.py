@@ -98,6 +98,7 @@ async def settle(house: House, op: OperationRecord) -> bool:
     if handler is None:
         raise StateError(f"operation {op.id} is a {op.kind}, of which this posada knows nothing", hint="upgrade posada")
     done = await handler(house, op)
+    collect(house, op.intent.get("merged", ()))
     for uid in op.intent["vms"]:
         vm = house.db.vm(uid)
         if vm is not None:

@@ -16,6 +16,7 @@ from posada.host.files import remove_tree, write_atomic
 from posada.host.house import House, now
 from posada.host.launch import build_launch
 from posada.host.layers import collect, overlay
+from posada.host.merging import merge_deep
 from posada.model.capabilities import Feature
 from posada.model.progress import Progress
 from posada.model.records import Disk, LayerRecord, SnapshotKind, SnapshotRecord, VmRecord
@@ -73,6 +74,7 @@ async def _take(house: House, vm: VmRecord, name: str, kind: SnapshotKind, progr
         op.report(None, f"taking {name} of {vm.name}")
         folder.mkdir(mode=0o700, parents=True)
         faults.point("snapshot.directory")
+        vm = await merge_deep(house, vm, op)
         pause, memory, private = 0.0, 0, {}
         if kind is SnapshotKind.FULL:
             await _sync(house, vm)

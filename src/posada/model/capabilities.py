@@ -25,6 +25,7 @@ class Feature(str, enum.Enum):
     FORK_SNAPSHOT = "fork of a snapshot"
     USER_NETWORK = "user-mode network"
     PORTS = "port forwarding"
+    MERGE_LAYERS = "merging disk layers of a running machine"
     ATTACH_DISK = "attaching disks to a running machine"
     BALLOON = "memory balloon"
     RESIZE_LIVE = "resizing a running machine"

@@ -57,6 +57,12 @@ class Source:
         self._stack.callback(os.close, fd)
         return fd
 
+    async def forget(self) -> None:
+        """Have QEMU close its end of ``devices``: it keeps what it was given as long as anybody is connected."""
+        if self._fdset >= 0:
+            with contextlib.suppress(EngineError):
+                await uncut(self._session.execute("remove-fd", fdset_id=self._fdset))
+
     def close(self) -> None:
         self._stack.close()
 
@@ -134,6 +140,7 @@ async def source(running: Running, layers: Sequence[NewLayer]) -> AsyncIterator[
                 raise
             raise CaptureFailed("cancelled", switched=found.switch.switched) from error
         finally:
+            await found.forget()
             found.close()
 
 

@@ -145,6 +145,19 @@ async def remove_strays(session: Session) -> None:
             await remove_node(session, f"{node['name']}-f")
 
 
+async def close_unused(session: Session) -> None:
+    """Have QEMU close the files of layers that are no longer in any disk.
+
+    It does so by itself only when no monitor is connected (monitor_fdset_cleanup), and the keeper always is.
+    """
+    nodes = await session.execute("query-named-block-nodes", flat=True)
+    used = {int(n["file"].rpartition("/")[2]) for n in nodes if n["file"].startswith("/dev/fdset/")}
+    for fdset in await session.execute("query-fdsets"):
+        if fdset["fdset-id"] not in used:
+            with contextlib.suppress(EngineError):
+                await session.execute("remove-fd", fdset_id=fdset["fdset-id"])
+
+
 async def remove_disk_nodes(session: Session, slot: int) -> None:
     """Every node of the disk that sat in ``slot``. The topmost goes first, whatever order they were made in."""
     while True:

@@ -115,6 +115,9 @@ class QemuEngine:
     async def fork(self, running: Running, children: Sequence[Launch], layers: Sequence[NewLayer]) -> Forked:
         return await fork.fork(running, children, layers, self.facts())
 
+    async def merge(self, running: Running, disk: DiskFile, keep: int) -> int:
+        return await tune.merge(running, disk, keep)
+
     def reap(self, launch_runtime: Path) -> None:
         clear(launch_runtime)
         cgroups.remove(launch_runtime.name)

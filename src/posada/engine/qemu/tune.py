@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from posada.engine.base import DiskFile
-from posada.engine.qemu import disks, ports
+from posada.engine.qemu import disks, merging, ports
 from posada.engine.qemu.argv import device_blk
 from posada.engine.qemu.machine import Machine
 from posada.errors import EngineError, SpecError, Timeout
@@ -49,6 +49,12 @@ async def detach_disk(running: Running, name: str) -> None:
             raise EngineError(f"the guest refuses to let go of disk {name!r}")
         machine.store_layout(layout.without_disk(name))
         await disks.remove_disk_nodes(session, slot)
+        await disks.close_unused(session)
+
+
+async def merge(running: Running, disk: DiskFile, keep: int) -> int:
+    async with Machine(running).session() as session:
+        return await merging.merge(session, disk, keep)
 
 
 async def resize_disk(running: Running, name: str, size: int) -> None:
