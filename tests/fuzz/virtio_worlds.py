@@ -10,10 +10,12 @@ import tempfile
 from virtio_hostile import Program, World
 
 from posada.vmm.block.raw import RawDisk
+from posada.vmm.net import open_backend
 from posada.vmm.virtio.balloon import Balloon
 from posada.vmm.virtio.blk import Blk
 from posada.vmm.virtio.console import RECEIVE, TRANSMIT, Console
 from posada.vmm.virtio.device import Device
+from posada.vmm.virtio.net import Net
 from posada.vmm.virtio.rng import Rng
 from posada.vmm.virtio.testing import FakeDriver
 from posada.vmm.virtio.vsock import Vsock
@@ -250,10 +252,84 @@ class VsockWorld(World):
         raise AssertionError(f"no {op.name} came")
 
 
+class NetWorld(World):
+    kind = socket.SOCK_SEQPACKET
+    frame = bytes.fromhex("ffffffffffff525400123456 0800") + bytes(50)
+    peer: socket.socket
+
+    def make(self) -> Device:
+        if hasattr(self, "peer"):
+            self.peer.close()
+        ours, self.peer = socket.socketpair(socket.AF_UNIX, self.kind)
+        self.peer.setblocking(False)
+        return Net("52:54:00:12:34:56", open_backend("passt", ours.detach()))
+
+    def honest(self, driver: FakeDriver) -> None:
+        if self.peer.fileno() < 0:
+            return
+        for _ in range(100):  # what is left from before
+            self._drain()
+            driver.spin()
+        driver.send([bytes(12), self.frame], queue=1)
+        assert self._drain().endswith(self.frame)
+        for _ in range(200):
+            driver.put(writable=[2000], queue=0)
+            driver.kick(0)
+            if any(done.data[12:] == self.frame for done in driver.collect(0)):
+                return
+            self._send(self.frame)
+            driver.spin()
+        raise AssertionError("no frame arrives")
+
+    def request(self, program: Program, queue: int) -> tuple[list[bytes], list[int]]:
+        if queue == 0:
+            return [], [program.pick([program.byte(), 12, 60, 1526, 2000, 4096])]
+        data = bytes(12) + program.bytes(4) * program.pick([0, 3, 20, 400, 5000])
+        at = program.byte() % 16
+        return [data] if program.byte() & 1 else [data[:at], data[at:]], []
+
+    def poke(self, program: Program) -> None:
+        what = program.byte()
+        if self.peer.fileno() < 0:
+            return
+        if what == 0:
+            self.peer.close()
+        elif what < 100:
+            self._drain()
+        else:
+            for _ in range(what & 7):
+                self._send((self.frame * 30)[: program.pick([14, 15, 60, 1400, 1600])])
+
+    def _send(self, frame: bytes) -> None:
+        try:
+            self.peer.send((struct.pack(">I", len(frame)) if self.kind == socket.SOCK_STREAM else b"") + frame)
+        except OSError:
+            pass
+
+    def _drain(self) -> bytes:
+        found = b""
+        try:
+            while piece := self.peer.recv(1 << 20):
+                found += piece
+        except OSError:
+            pass
+        return found
+
+    def close(self) -> None:
+        super().close()
+        self.peer.close()
+
+
+class NetStreamWorld(NetWorld):
+    kind = socket.SOCK_STREAM
+
+
 WORLDS: dict[str, type[World]] = {
     "rng": RngWorld,
     "balloon": BalloonWorld,
     "console": ConsoleWorld,
     "blk": BlkWorld,
     "vsock": VsockWorld,
+    "net": NetWorld,
+    "net-stream": NetStreamWorld,
 }

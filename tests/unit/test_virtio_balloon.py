@@ -158,6 +158,17 @@ class TestStatistics:
         assert len(driver.collect(STATISTICS)) == 4
         assert driver.transport.metrics()["swap_in"] == 4
 
+    def test_the_buffer_survives_a_snapshot_of_a_machine_that_goes_on(
+        self, balloon: Balloon, driver: FakeDriver
+    ) -> None:
+        driver.put([struct.pack("<HQ", 0, 9)], queue=STATISTICS)
+        driver.kick(STATISTICS)
+        balloon.quiesce()
+        driver.transport.save()
+        driver.spin()
+        balloon.poll()
+        assert len(driver.collect(STATISTICS)) == 1
+
     def test_the_buffer_survives_a_move(self, driver: FakeDriver) -> None:
         driver.put([struct.pack("<HQ", 0, 9)], queue=STATISTICS)
         driver.kick(STATISTICS)

@@ -466,3 +466,15 @@ def discover() -> bytes:
     total = (total & 0xFFFF) + (total >> 16)
     head = head[:10] + struct.pack("!H", ~(total + (total >> 16)) & 0xFFFF) + head[12:]
     return b"\xff" * 6 + mac + b"\x08\0" + head + udp
+
+
+def test_a_receive_buffer_for_a_header_and_nothing_more(stack: ExitStack) -> None:
+    """Reading a packet into it would look like the network's end."""
+    card = Card(stack, socket.SOCK_SEQPACKET, features=1 << 32, buffers=0)
+    card.driver.put(writable=[12], queue=RX)
+    card.driver.kick(RX)
+    assert card.driver.needs_reset
+    card.driver.start()
+    card.give(1)
+    card.peer.send(FRAME)
+    assert card.received() == [PLAIN + FRAME]

@@ -48,7 +48,7 @@ class RxBuffers:
                     continue
                 return None
             room = chain.writable_size
-            if chain.readable or room < HEADER_SIZE or len(held) >= _MAX_HELD:
+            if chain.readable or room <= HEADER_SIZE or len(held) >= _MAX_HELD:
                 raise QueueError("a receive buffer that is too small, or not ours to write to")
             held.append((chain, room))
             self._room += room

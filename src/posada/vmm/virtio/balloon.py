@@ -114,6 +114,7 @@ class Balloon(Device):
         if self._held is not None:
             self.queues[2].put_back(self._held)
             self._held = None
+            self.transport.again(2)
 
     def save(self) -> dict[str, Any]:
         return {"target": self._target, "actual": self._actual}

@@ -146,7 +146,10 @@ class Device:
         """The driver is gone: forget its requests, stop what is under way. No guest memory may be touched after this."""
 
     def quiesce(self) -> None:
-        """Finish or put back what is under way; vcpus stand still. `save`, fork or migration follow."""
+        """Finish what is under way, or put it back and ask for it `again`; vcpus stand still.
+
+        `save`, fork or migration follow before the loop's next turn; then the machine may go on.
+        """
 
     def save(self) -> dict[str, Any]:
         """The device's own state as plain data."""
