@@ -182,7 +182,8 @@ class Vsock(Device):
         elif packet.op == Op.RST:
             self._guest_reset(stream)
         elif stream.take_credit(packet) and self._dispatch(stream, packet, payload):
-            self._watch(stream)
+            if stream.watched != EPOLLIN or stream.backlog:
+                self._watch(stream)
         else:
             self._malformed += 1
             self._sender.reject(packet)
@@ -191,7 +192,9 @@ class Vsock(Device):
 
     def _dispatch(self, stream: Stream, packet: Packet, payload: list[memoryview]) -> bool:
         """False if the packet may not come now."""
-        if packet.op == Op.RESPONSE and stream.state is State.CONNECTING and Due.REQUEST not in stream.due:
+        if packet.op == Op.RW and stream.state is State.OPEN:
+            return self._receive(stream, packet, payload)
+        if packet.op == Op.RESPONSE and stream.state is State.CONNECTING and not stream.due & Due.REQUEST:
             self._opened += 1
             stream.state = State.OPEN
             stream.greet()
@@ -201,7 +204,7 @@ class Vsock(Device):
         if packet.op == Op.RW:
             return self._receive(stream, packet, payload)
         if packet.op == Op.SHUTDOWN:
-            stream.guest_shut |= Shut(packet.flags & Shut.BOTH)
+            stream.guest_shut |= packet.flags & Shut.BOTH
             if stream.guest_shut == Shut.BOTH:
                 self._sender.reject(packet)  # confirms the end (section 5.10.6.5)
                 self._detach(stream)
@@ -273,7 +276,7 @@ class Vsock(Device):
         if stream.readable and (ended or events & EPOLLIN):
             self._sender.pump(stream)
         elif ended and stream.state in (State.CONNECTING, State.WAITING):
-            if stream.state is State.CONNECTING and Due.REQUEST not in stream.due:
+            if stream.state is State.CONNECTING and not stream.due & Due.REQUEST:
                 self._sender.abort(stream)
             self._forget(stream)
         elif ended and stream.silent:
@@ -294,7 +297,7 @@ class Vsock(Device):
             self._sender.owe(stream, Due.CREDIT_UPDATE)
         stream.half_close()
 
-    def _shut(self, stream: Stream, what: Shut) -> None:
+    def _shut(self, stream: Stream, what: int) -> None:
         """The client does not receive, or not send, any more: tell the guest."""
         stream.shut |= what
         self._sender.owe(stream, Due.SHUTDOWN)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from enum import IntEnum, IntFlag
+from enum import IntEnum
 from struct import Struct
 from typing import NamedTuple
 
@@ -30,8 +30,8 @@ class Op(IntEnum):
     CREDIT_REQUEST = 7
 
 
-class Shut(IntFlag):
-    """What the sender of a SHUTDOWN will not do any more (its ``flags``)."""
+class Shut:
+    """What the sender of a SHUTDOWN will not do any more (its ``flags``). Plain numbers: flags of `enum` cost too much."""
 
     RECEIVE = 1
     SEND = 2

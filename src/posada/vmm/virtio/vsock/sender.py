@@ -20,6 +20,9 @@ MAX_BUFFERS = 64
 """Guest buffers filled by one read."""
 _MAX_VIEWS = 1024  # IOV_MAX
 
+Header = tuple[int, int, int, int, int, int, int, int, int, int]
+"""The fields of a `Packet`."""
+
 _OPS = {
     Due.REQUEST: Op.REQUEST,
     Due.CREDIT_UPDATE: Op.CREDIT_UPDATE,
@@ -42,14 +45,14 @@ class Sender:
         *,
         cid: Callable[[], int],
         changed: Callable[[Stream], object],
-        ended: Callable[[Stream, Shut], object],
+        ended: Callable[[Stream, int], object],
     ) -> None:
         self._device = device
         self._index = index
         self._cid = cid
         self._changed = changed
         self._ended = ended
-        self._resets: deque[Packet] = deque()
+        self._resets: deque[Header] = deque()
         self._due: dict[Stream, None] = {}
         self._parked: dict[Stream, None] = {}
         self._held = False
@@ -61,7 +64,7 @@ class Sender:
         self._held = self._held or len(self._resets) >= MAX_RESETS
         return self._held
 
-    def owe(self, stream: Stream, due: Due) -> None:
+    def owe(self, stream: Stream, due: int) -> None:
         """Send it with the next `resume`."""
         stream.due |= due
         self._due[stream] = None
@@ -77,7 +80,7 @@ class Sender:
 
     def forget(self, stream: Stream) -> None:
         """Nothing more is sent on it."""
-        stream.due = Due(0)
+        stream.due = 0
         stream.parked = False
         self._due.pop(stream, None)
         self._parked.pop(stream, None)
@@ -132,31 +135,39 @@ class Sender:
             self._device.transport.again(self._index + 1)  # the guest's packets, which had to wait
         return True
 
-    def _next_due(self) -> Packet:
+    def _next_due(self) -> Header:
         stream = next(iter(self._due))
         due = next(due for due in _OPS if due & stream.due)
         stream.due &= ~due
         if not stream.due:
             del self._due[stream]
             self._changed(stream)
-        return self._header(stream, _OPS[due], flags=int(stream.shut) if due is Due.SHUTDOWN else 0)
+        return self._header(stream, _OPS[due], flags=stream.shut if due == Due.SHUTDOWN else 0)
 
     def _fill(self, stream: Stream, size: int) -> int | None:
         """Move up to ``size`` bytes by one read into several buffers. None if there is no buffer; 0 if nothing came."""
         queue = self._device.queues[self._index]
-        taken: list[tuple[Chain, list[memoryview], int]] = []
+        taken: list[tuple[Chain, int]] = []
         views: list[memoryview] = []
         room = 0
         while room < size and len(taken) < MAX_BUFFERS and len(views) < _MAX_VIEWS // 2:
             chain = self._buffer()
             if chain is None:
                 break
-            head, data = split(chain.writable, HEADER.size)
-            data = split(data, min(MAX_PAYLOAD, size - room))[0]
+            first, *rest = chain.writable
+            if len(first) == HEADER.size:  # as Linux has it, up to 6.2
+                data = rest
+            elif len(first) > HEADER.size:  # and since
+                data = [first[HEADER.size :], *rest]
+            else:
+                data = split(chain.writable, HEADER.size)[1]
             length = total(data)
             if not length:
                 raise QueueError("a vsock buffer with no room for data")
-            taken.append((chain, head, length))
+            if length > min(size - room, MAX_PAYLOAD):
+                length = min(size - room, MAX_PAYLOAD)
+                data = split(data, length)[0]
+            taken.append((chain, length))
             views += data
             room += length
         if not taken:
@@ -166,18 +177,18 @@ class Sender:
         except OSError:
             moved = 0
         left = moved
-        unused = []
-        for chain, head, length in taken:
-            count = min(length, left)
-            if not count:
-                unused.append(chain)
-                continue
-            left -= count
-            stream.sent = stream.sent + count & WRAP
-            fill(head, HEADER.pack(*self._header(stream, Op.RW, length=count)))
-            queue.push(chain, HEADER.size + count)
-        for chain in reversed(unused):
+        done = []
+        for chain, length in taken:
+            if not left:
+                break
+            length = min(length, left)
+            left -= length
+            self._put_header(chain, self._header(stream, Op.RW, length=length))
+            done.append((chain, HEADER.size + length))
+        for chain, _ in reversed(taken[len(done) :]):
             queue.put_back(chain)
+        queue.push_together(done)
+        stream.sent = stream.sent + moved & WRAP
         self.moved += moved
         return moved
 
@@ -203,16 +214,20 @@ class Sender:
             raise QueueError("a vsock buffer that is too small, or not ours to write to")
         return chain
 
-    def _header(self, stream: Stream, op: Op, *, length: int = 0, flags: int = 0) -> Packet:
+    def _header(self, stream: Stream, op: Op, *, length: int = 0, flags: int = 0) -> Header:
         """Every packet tells the guest how much room there is."""
         forwarded = stream.told = stream.forwarded
-        return Packet(
-            HOST_CID, self._cid(), stream.host_port, stream.guest_port, length, STREAM, op, flags, BUFFER, forwarded
-        )
+        return HOST_CID, self._cid(), stream.host_port, stream.guest_port, length, STREAM, op, flags, BUFFER, forwarded
 
-    def _put(self, chain: Chain, packet: Packet) -> None:
-        fill(split(chain.writable, HEADER.size)[0], HEADER.pack(*packet))
+    def _put(self, chain: Chain, header: Header) -> None:
+        self._put_header(chain, header)
         self._device.queues[self._index].push(chain, HEADER.size)
 
+    def _put_header(self, chain: Chain, header: Header) -> None:
+        if len(chain.writable[0]) >= HEADER.size:
+            HEADER.pack_into(chain.writable[0], 0, *header)
+        else:
+            fill(chain.writable, HEADER.pack(*header))
+
     def _queue_reset(self, src_cid: int, dst_cid: int, src_port: int, dst_port: int, kind: int) -> None:
-        self._resets.append(Packet(src_cid, dst_cid, src_port, dst_port, 0, kind, Op.RST, 0, 0, 0))
+        self._resets.append((src_cid, dst_cid, src_port, dst_port, 0, kind, Op.RST, 0, 0, 0))

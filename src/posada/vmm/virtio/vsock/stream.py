@@ -19,7 +19,7 @@ import socket
 import sys
 from collections import deque
 from collections.abc import Sequence
-from enum import Enum, IntFlag
+from enum import Enum
 from fcntl import ioctl
 
 from posada.vmm.virtio.views import split, total
@@ -43,8 +43,8 @@ class State(Enum):
     GONE = "gone"
 
 
-class Due(IntFlag):
-    """Packets the guest is to get as soon as it has a buffer for them, in this order."""
+class Due:
+    """Packets the guest is to get as soon as it has a buffer for them, in this order. Bits."""
 
     REQUEST = 1
     CREDIT_UPDATE = 2
@@ -78,12 +78,12 @@ class Stream:
         self.backlog: deque[memoryview] = deque()
         self.backlog_size = 0
         self.received = self.forwarded = self.told = 0
-        self.guest_shut = Shut(0)
+        self.guest_shut = 0
         # From the host to the guest.
         self.sent = self.peer_alloc = self.peer_forwarded = 0
         self.asked = False
         """The guest has been asked for credit, and has not answered."""
-        self.shut = Shut(0)
+        self.shut = 0
         """What the guest has been (or is to be) told that the host's side does not do any more."""
         self.eof = False
         """The host's client sends no more."""
@@ -97,7 +97,8 @@ class Stream:
     @property
     def credit(self) -> int:
         """Bytes the guest has room for."""
-        return max(0, self.peer_alloc - (self.sent - self.peer_forwarded & WRAP))
+        left = self.peer_alloc - (self.sent - self.peer_forwarded & WRAP)
+        return left if left > 0 else 0
 
     @property
     def readable(self) -> bool:
@@ -115,7 +116,7 @@ class Stream:
     @property
     def silent(self) -> bool:
         """Nothing more is read from the client, though it may still read: of its end we would hear in no other way."""
-        return self.state is State.OPEN and (self.eof or bool(self.guest_shut & Shut.RECEIVE))
+        return self.state is State.OPEN and (self.eof or self.guest_shut & Shut.RECEIVE != 0)
 
     def greet(self) -> None:
         """The guest has accepted: tell the client, if it was promised that."""
@@ -197,7 +198,7 @@ class Stream:
     def _send(self, views: Sequence[memoryview], length: int) -> int:
         """Bytes the socket took of ``length``. A client that is gone takes everything and is `deaf` from then on."""
         try:
-            return self.sock.sendmsg(views, (), _SEND)
+            return self.sock.send(views[0], _SEND) if len(views) == 1 else self.sock.sendmsg(views, (), _SEND)
         except (BlockingIOError, InterruptedError):
             return 0
         except OSError:
