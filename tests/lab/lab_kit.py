@@ -35,6 +35,9 @@ SUITES = ("bookworm", "trixie")
 
 CPUS = int(os.environ.get("POSADA_LAB_CPUS", "2"))
 MEMORY = os.environ.get("POSADA_LAB_MEMORY", "3GiB")
+#: The emulated processors' time stamp counters agree, which the kernel cannot know. Without this each look at the time is
+#: an access to the HPET, and the inner guests' kvm-clock is of the slow kind.
+APPEND = "tsc=reliable"
 READY = "ready"
 
 #: Where things are in the lab.
@@ -48,12 +51,15 @@ ENVIRONMENT = {
     "HYPOTHESIS_STORAGE_DIRECTORY": "/run/hypothesis",
 }
 
-#: Done once, before the snapshot. Modules are loaded here: the agent, which is init, loads only those of the boot.
+#: Done once, before the snapshot. Modules are loaded here: the agent, which is init, loads only those of the boot. Nobody
+#: else gives /dev/kvm to the group it has on every installed system.
 SETUP = f"""
 set -e
 modprobe kvm_amd 2>/dev/null || modprobe kvm_intel
 for module in tun vhost_net vhost_vsock; do modprobe $module; done
-test -c /dev/kvm
+groupadd --system --force kvm
+chgrp kvm /dev/kvm
+chmod 660 /dev/kvm
 mkdir -p {DATA} {HOME}/images /run/posada
 chmod 700 {HOME} /run/posada
 mount -o ro /dev/vdb {DATA}
@@ -190,7 +196,7 @@ def prepare(host: posada.Host, say: Say) -> posada.VM:
         agent = hashlib.sha256(agent_binary("x86_64").read_bytes()).hexdigest()
         qemu = host.capabilities("qemu")
         key = parts.digest(
-            base, python.name, data.parent.name, agent, CPUS, MEMORY, SETUP, qemu.version, qemu.accelerator
+            base, python.name, data.parent.name, agent, CPUS, MEMORY, APPEND, SETUP, qemu.version, qemu.accelerator
         )
         name = f"kvm-{key}"
         for vm in host.vms.list():
@@ -213,7 +219,8 @@ def _park(host: posada.Host, name: str, image: str, python: Path, data: Path, sa
     say("booting the lab, once …")
     began = time.monotonic()
     disks = [{}, {"name": "data", "source": str(data), "readonly": True}]
-    vm = host.vms.create(image, name=name, engine="qemu", nested=True, cpus=CPUS, memory=MEMORY, disks=disks)
+    boot = {"append": APPEND}
+    vm = host.vms.create(image, name=name, engine="qemu", nested=True, cpus=CPUS, memory=MEMORY, boot=boot, disks=disks)
     try:
         vm.start(timeout=120)
         vm.files.upload(python, PYTHON)
