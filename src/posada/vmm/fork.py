@@ -33,6 +33,9 @@ from posada.vmm.vcpu import Wanted
 from posada.vmm.virtio.blk import Blk
 
 
+_LET_THEM_RUN = 50e-6
+
+
 @dataclass(frozen=True)
 class Forked:
     """What the parent gets: a pid or an OSError for each child, and the seconds that its vcpus stood still."""
@@ -140,6 +143,8 @@ class Forker:
         for thread in machine.vcpus.threads:
             thread.after_fork()
             thread.start()
+        # A thread that only wakes up never wins the interpreter's lock against one that gives it up for microseconds.
+        time.sleep(_LET_THEM_RUN)
 
 
 def _fork(pids: list[int | OSError]) -> bool:

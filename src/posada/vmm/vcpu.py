@@ -82,7 +82,8 @@ class VcpuThread:
 
     ``on_exit`` is called on this thread, the lock held, for every exit but PIO, MMIO and INTR (HLT without an irqchip,
     SHUTDOWN, SYSTEM_EVENT, FAIL_ENTRY, INTERNAL_ERROR, DEBUG, unknown ones), and with the exception if a device or KVM
-    raised one. True: run on. False: park until `unpark`. ``begin`` is the first that the thread does (its jail).
+    raised one. True: run on. False: park until `unpark`. ``begin`` closes the thread's jail: after its first KVM_RUN,
+    before it looks at anything that the guest did, so that a forked child's guest need not wait for it.
     """
 
     def __init__(
@@ -190,11 +191,17 @@ class VcpuThread:
     # on the thread itself
 
     def _main(self) -> None:
+        begun = False
         try:
-            self._begin()
             while self._may_run():
                 try:
-                    self._step()
+                    if begun:
+                        self._step()
+                    else:
+                        reason = self.vcpu.run()
+                        self._begin()
+                        begun = True
+                        self._step(reason)
                 except Exception as error:  # a device's fault or KVM's must not end in a silent thread
                     self._decide(error)
         finally:
@@ -229,9 +236,10 @@ class VcpuThread:
             self._decide(error)
         self.vcpu.immediate_exit = 0
 
-    def _step(self) -> int:
-        """Run to the next exit and answer it. Returns its reason."""
-        reason = self.vcpu.run()
+    def _step(self, reason: int = -1) -> int:
+        """Run to the next exit, unless it has, and answer it. Returns its reason."""
+        if reason < 0:
+            reason = self.vcpu.run()
         self.exits[reason if reason < MAX_REASON else MAX_REASON] += 1
         if reason == _IO:
             with self._lock:
