@@ -92,10 +92,18 @@ class Call:
 
     def fail(self, error: Exception) -> None:
         """``error``'s class goes to the other side by name, if it is one of posada's."""
-        kind = type(error).__name__ if isinstance(error, PosadaError) else "EngineError"
-        text = getattr(error, "message", None) or str(error) or kind
+        kind, text = described(error)
         switched = tuple(getattr(error, "switched", ()))
         self._client.answer(Reply(self._request.id, error=Failure(kind, text, switched)))
+
+
+def described(error: Exception) -> tuple[str, str]:
+    """(kind, text) of an error, as the other side gets it."""
+    if isinstance(error, PosadaError):
+        return type(error).__name__, str(error)
+    if isinstance(error, OSError):
+        return "HostError", error.strerror or str(error)
+    return "EngineError", f"the monitor failed: {error!r}"
 
 
 Handler = Callable[[Call], Result | None]

@@ -14,6 +14,7 @@ import sys
 import traceback  # noqa: F401
 from collections.abc import Callable
 
+from posada.vmm.control import described
 from posada.vmm.life import Life
 
 
@@ -53,9 +54,9 @@ def refuse(starter: int, error: Exception) -> None:
     """Tell the process that starts us that there will be no machine: ``error KIND TEXT``."""
     if starter < 0:
         return
-    text = getattr(error, "message", None) or str(error)
+    kind, text = described(error)
     try:
-        os.write(starter, f"error {type(error).__name__} {text}\n".encode(errors="replace"))
+        os.write(starter, f"error {kind} {text}\n".encode(errors="replace"))
     except OSError:
         pass  # it is gone itself
 

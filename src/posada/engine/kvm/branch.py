@@ -157,8 +157,7 @@ class _Child:
                 document = config.forked(self.launch, files.sent, cid=machine.new_cid(), uid=uid, shape=shape)
                 self.private = {**stack.private(self.launch, count), **shape.to_private()}
                 await session.send(Op.CHILD, {"config": document.to_dict()}, fds=files.given)
-                assert files.starter is not None
-                self.newborn = Newborn(files.starter)
+                self.newborn = Newborn(files.connection())
         finally:
             await network.abandon()
 

@@ -92,6 +92,7 @@ def boot(launch: Launch, fd: Descriptor, *, cid: int, uid: int | None) -> Monito
         kernel=fd("kernel") if launch.kernel is not None else -1,
         initrd=fd("initrd") if launch.initrd is not None else -1,
         append=append(launch),
+        jail=_jail(base, fd),
     )
 
 
@@ -99,12 +100,18 @@ def restored(
     launch: Launch, fd: Descriptor, *, cid: int, uid: int | None, shape: Shape, restore: RestoreConfig
 ) -> MonitorConfig:
     """A machine that begins with another's memory and devices, in a process of its own."""
-    return dataclasses.replace(_machine(launch, fd, cid, uid, shape), kvm=fd("kvm"), restore=restore)
+    base = _machine(launch, fd, cid, uid, shape)
+    return dataclasses.replace(base, kvm=fd("kvm"), jail=_jail(base, fd), restore=restore)
 
 
 def forked(launch: Launch, fd: Descriptor, *, cid: int, uid: int | None, shape: Shape) -> MonitorConfig:
     """A machine that its parent's process becomes. Its disks' layers are the parent's but for the top, by files of its own."""
     return _machine(launch, fd, cid, uid, shape)
+
+
+def _jail(base: MonitorConfig, fd: Descriptor) -> JailConfig:
+    """For a process that is not in it yet."""
+    return dataclasses.replace(base.jail, root=fd("root"))
 
 
 def disk_config(disk: DiskFile, fd: Descriptor, bay: int = -1) -> DiskConfig:
@@ -143,5 +150,5 @@ def _machine(launch: Launch, fd: Descriptor, cid: int, uid: int | None, shape: S
             idle=spec.limits.idle or 0,
             action=spec.limits.action,
         ),
-        jail=JailConfig(uid=-1 if uid is None else uid, root=fd("root")),
+        jail=JailConfig(uid=-1 if uid is None else uid),
     )

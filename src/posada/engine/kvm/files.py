@@ -50,8 +50,7 @@ class Descriptors(contextlib.ExitStack):
         self._launch, self._nics = launch, nics
         self.given: list[int] = []
         """Everything that was asked for, in order."""
-        self.starter: socket.socket | None = None
-        """Our end of the connection to the monitor. It stays open, unlike the rest."""
+        self._ours: socket.socket | None = None
         for fd in nics:
             self.callback(os.close, fd)
 
@@ -110,8 +109,20 @@ class Descriptors(contextlib.ExitStack):
         return fd
 
     def _starter(self) -> int:
-        self.starter, theirs = socket.socketpair()
+        self._ours, theirs = socket.socketpair()
+        self.callback(self._close_ours)
         return theirs.detach()
+
+    def _close_ours(self) -> None:
+        if self._ours is not None:
+            self._ours.close()
+
+    def connection(self) -> socket.socket:
+        """Our end of the connection to the monitor; the caller's from now on."""
+        ours, self._ours = self._ours, None
+        if ours is None:
+            raise EngineError("there is no connection to the monitor")
+        return ours
 
 
 def _agent(runtime: Path) -> int:

@@ -142,10 +142,8 @@ def inherit(config: MonitorConfig, files: Descriptors) -> Newborn:
         )
     finally:
         os.close(document)
-    if files.starter is None:
-        raise EngineError("a monitor without a connection to its starter")
+    newborn = Newborn(files.connection())
     files.close()  # its ends of what is ours too must be open nowhere else
-    newborn = Newborn(files.starter)
     starter.wait()  # it forks before it does anything else
     return newborn
 

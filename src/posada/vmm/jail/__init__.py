@@ -6,6 +6,8 @@ are started, and each vcpu's begins with `lock_vcpu`. A forked child inherits al
 
 from __future__ import annotations
 
+import os
+
 from posada.runtime import confine
 from posada.vmm.config import JailConfig
 from posada.vmm.jail import bpf, namespaces, policy
@@ -25,6 +27,8 @@ def enter(config: JailConfig) -> list[str]:
     confine.limit(NOFILE)
     confine.expendable()
     done = namespaces.enter(config.root) if config.namespaces else []
+    if config.root >= 0:
+        os.close(config.root)  # out of an empty root, a directory that is open would be the way back
     if config.uid >= 0:
         confine.become(config.uid, [])
         done.append(f"uid {config.uid}")
