@@ -48,6 +48,7 @@ class Op(enum.Enum):
     ATTACH = "attach"
     DETACH = "detach"
     RESIZE_DISK = "resize_disk"
+    MERGE = "merge"
     SET_MEMORY = "set_memory"
     NIC = "nic"
     METRICS = "metrics"
@@ -124,6 +125,7 @@ ARGUMENTS: dict[Op, dict[str, Check]] = {
     Op.ATTACH: {"disk": _map},
     Op.DETACH: {"name": _NAME, "timeout": _seconds},
     Op.RESIZE_DISK: {"name": _NAME, "size": _whole(512, 1 << 62)},
+    Op.MERGE: {"name": _NAME, "layers": _whole(1, 1 << 16), "keep": _whole(1, 1 << 16)},
     Op.SET_MEMORY: {"size": _whole(0, 1 << 62)},
     Op.NIC: {"index": _whole(0, 63), "fd?": _descriptor},
     Op.METRICS: {},

@@ -8,6 +8,7 @@ from posada.errors import EngineError, Timeout
 from posada.proto.monitor import Op
 from posada.vmm.block.chain import open_chain
 from posada.vmm.block.disk import Disk
+from posada.vmm.block.merge import layers_of, merge
 from posada.vmm.config import DiskConfig, NicKind
 from posada.vmm.control import Call, Handler, Result
 from posada.vmm.machine import Machine
@@ -31,6 +32,7 @@ class Tuning:
             Op.ATTACH: self._attach,
             Op.DETACH: self._detach,
             Op.RESIZE_DISK: self._resize_disk,
+            Op.MERGE: self._merge,
             Op.SET_MEMORY: self._set_memory,
             Op.NIC: self._nic,
         }
@@ -65,6 +67,14 @@ class Tuning:
     def _resize_disk(self, call: Call) -> Result:
         find_disk(self._machine, call.args["name"]).resize(call.args["size"])
         return {}
+
+    def _merge(self, call: Call) -> Result:
+        disk = find_disk(self._machine, call.args["name"]).disk
+        count = len(layers_of(disk))
+        if count > call.args["layers"]:
+            raise EngineError(f"the disk has {count} layers, not {call.args['layers']}")
+        # Fewer: an earlier merge that nobody lived to record.
+        return {"kept": merge(disk, call.args["keep"]) if count == call.args["layers"] else count - 1}
 
     def _set_memory(self, call: Call) -> Result:
         balloon = self._machine.slots["balloon"].transport.device

@@ -134,6 +134,9 @@ class KvmEngine:
     async def fork(self, running: Running, children: Sequence[Launch], layers: Sequence[NewLayer]) -> Forked:
         return await branch.fork(running, children, layers)
 
+    async def merge(self, running: Running, disk: DiskFile, keep: int) -> int:
+        return await tune.merge(running, disk, keep)
+
     async def attach_disk(self, running: Running, disk: DiskFile) -> None:
         await tune.attach_disk(running, disk)
 

@@ -16,12 +16,14 @@ from posada.engine.kvm import net
 from posada.engine.kvm.config import Shape, disk_config
 from posada.engine.kvm.control import Session, connect
 from posada.engine.kvm.machine import current, require_alive, write_running
-from posada.errors import Unsupported
+from posada.errors import EngineError, Unsupported
 from posada.model.records import PortRecord, Running
 from posada.proto.monitor import Op
 
 #: Seconds for a guest to let go of a disk.
 UNPLUG_TIMEOUT = 20.0
+#: Seconds for copying layers that are small beside what was written.
+MERGE_TIMEOUT = 600.0
 
 
 async def attach_disk(running: Running, disk: DiskFile) -> None:
@@ -62,6 +64,15 @@ def _store(running: Running, shape: Shape) -> None:
 async def resize_disk(running: Running, name: str, size: int) -> None:
     async with session_of(running) as session:
         await session.call(Op.RESIZE_DISK, {"name": name, "size": size}, timeout=60)
+
+
+async def merge(running: Running, disk: DiskFile, keep: int) -> int:
+    args = {"name": disk.name, "layers": len(disk.chain), "keep": keep}
+    async with session_of(running) as session:
+        kept = (await session.call(Op.MERGE, args, timeout=MERGE_TIMEOUT)).get("kept")
+    if not isinstance(kept, int) or not 0 < kept <= keep:
+        raise EngineError(f"the monitor's answer makes no sense: {kept!r} layers")
+    return kept
 
 
 async def set_memory(running: Running, size: int) -> None:
