@@ -9,13 +9,18 @@ import subprocess
 import threading
 from collections.abc import Iterator
 from contextlib import suppress
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from kvm_kit import CODE, Running, Toy, counted, needs_kvm, wait_until
 
+from posada.errors import EngineError
 from posada.kvm import Exit, System
 from posada.kvm.exits import DebugExit, ExitData, InternalError, Plain
+from posada.proto.monitor import Op
+from posada.vmm.control import Given
+from posada.vmm.gdb.debugger import Debugging
 from posada.vmm.gdb.layout import REGISTERS, SIZE, target_xml
 from posada.vmm.gdb.packet import MAX_PACKET, Decoder, Mark, encode
 from posada.vmm.gdb.server import GdbServer
@@ -436,3 +441,47 @@ def test_gdb_itself(debugged: Any) -> None:
     assert with_gdb.gone.wait(10)
     before = counted(with_gdb.machine)
     wait_until(lambda: counted(with_gdb.machine) > before, "it does not run on")
+
+
+@needs_kvm
+def test_a_machine_listens_on_request_and_is_not_copied_meanwhile(system: System) -> None:
+    toy = Toy(system, SPIN, long_mode=True)
+    loop = Loop()
+    with Running(toy) as machine:
+        for thread in machine.vcpus.threads:
+            thread._lock = loop.lock
+            thread._changed = threading.Condition(loop.lock)
+        machine.vcpus.start()
+        owner: Any = SimpleNamespace(loop=loop, vcpus=machine.vcpus, memory=toy.memory)
+        debugging = Debugging(owner)
+        handlers = debugging.handlers({Op.FORK: lambda call: {"forked": True}, Op.INFO: lambda call: {}})
+        listener = socket.socket(socket.AF_UNIX)
+        listener.bind("")  # any abstract name
+        listener.listen(1)
+        name = listener.getsockname()
+        call: Any = SimpleNamespace(args={"listener": 0}, given=Given([listener.detach()]))
+        handlers[Op.DEBUG](call)
+        assert handlers[Op.FORK](call) == {"forked": True}
+        runner = threading.Thread(target=loop.run, daemon=True)
+        runner.start()
+        for _ in range(2):  # one after the other
+            with socket.socket(socket.AF_UNIX) as connection:
+                connection.connect(name)
+                client = Client(connection)
+                assert client.ask("?") == "T05thread:1;"
+                with pytest.raises(EngineError, match="detach it first"):
+                    handlers[Op.FORK](call)
+                with socket.socket(socket.AF_UNIX) as second:
+                    second.settimeout(10)
+                    second.connect(name)
+                    assert second.recv(1) == b""
+                assert client.ask("Z0,1008,1") == "OK"
+                assert machine.first.on_exit != machine.ends
+            wait_until(lambda: not debugging.attached, "the line was dropped, and it did not notice")
+            assert machine.first.on_exit == machine.ends
+        before = counted(machine)
+        wait_until(lambda: counted(machine) > before, "it does not run on")
+        debugging._close_listener()
+        loop.stop()
+        runner.join(10)
+    loop.close()

@@ -21,6 +21,7 @@ from posada.vmm.branching import Branching
 from posada.vmm.builder import build
 from posada.vmm.config import MonitorConfig
 from posada.vmm.control import Control
+from posada.vmm.gdb.debugger import Debugging
 from posada.vmm.machine import Machine
 from posada.vmm.tuning import Tuning
 from posada.vmm.verbs import Verbs
@@ -63,6 +64,7 @@ def settle(machine: Machine) -> None:
     process.settle(machine.life, lambda: machine.end(ending.KILLED))
     gone = jail.enter(config.jail)
     handlers = Verbs(machine, gone).handlers() | Branching(machine).handlers() | Tuning(machine).handlers()
+    handlers = Debugging(machine).handlers(handlers)
     machine.control = Control(machine.loop, config.control, handlers, machine.life.note)
     process.warm()
     gone += jail.lock_main(config.jail)

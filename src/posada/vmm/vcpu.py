@@ -108,7 +108,7 @@ class VcpuThread:
         self._mmio = mmio
         self._lock = lock
         self._changed = threading.Condition(lock)
-        self._on_exit = on_exit
+        self.on_exit = on_exit
         self._begin = begin
         self._trace: deque[tuple[int, str]] | None = None
         self._ident = 0  # of its thread
@@ -270,7 +270,7 @@ class VcpuThread:
 
     def _decide(self, what: ExitData | Exception) -> None:
         with self._lock:
-            if not self._on_exit(self, what):
+            if not self.on_exit(self, what):
                 self.held = True
                 if self.wanted is Wanted.RUN:
                     self.wanted = Wanted.PARK
