@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import struct
+from collections.abc import Callable
 from typing import NamedTuple
 
 PAGE = 4096
@@ -56,6 +57,9 @@ class GuestMemory:
         """Lay regions over ``mapping``, which may be larger than ``size`` by slack for alignment."""
         self.size = size
         self.mapping = mapping
+        self.changed: Callable[[int, int], object] | None = None
+        """Told (address, length) of what `write` and `discard` change: KVM's dirty log does not see it. Who writes through
+        a `view` tells by itself (`posada.vmm.virtio.queue.Queue.written`)."""
         # SAFETY: the address is only used while `mapping` lives: `_anchor` exports its buffer, so it cannot be closed.
         self._anchor = (ctypes.c_char * len(mapping)).from_buffer(mapping)
         start = ctypes.addressof(self._anchor)  # SAFETY: see above
@@ -116,6 +120,8 @@ class GuestMemory:
     def write(self, address: int, data: bytes | bytearray | memoryview) -> None:
         """All of ``data`` or nothing. Raises BadAddress."""
         self.view(address, len(data))[:] = data
+        if self.changed is not None:
+            self.changed(address, len(data))
 
     def u16(self, address: int) -> int:
         return int(_U16.unpack_from(self.view(address, 2))[0])
@@ -146,6 +152,8 @@ class GuestMemory:
                 count = (offset + length) // PAGE * PAGE - first
                 if count > 0:
                     region.map.madvise(mmap.MADV_DONTNEED, region.offset + first, count)
+                    if self.changed is not None:
+                        self.changed(region.base + first, count)
                 return
         raise BadAddress(address, length)
 
