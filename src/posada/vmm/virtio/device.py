@@ -26,6 +26,10 @@ BUDGET = 64
 """Requests a device handles before the loop looks after others."""
 
 
+SETTLE = 0.05
+"""Seconds after `Device.config_noticed` in which a driver has read what is new. Linux does it at once, from a work item."""
+
+
 class Transport(Protocol):
     """What a device may ask of the transport it sits behind."""
 
@@ -127,11 +131,16 @@ class Device:
     # Hooks.
 
     def config(self) -> bytes:
-        """The configuration space as it is now."""
+        """The configuration space as it is now, always of the same length. Shown to the driver when it is asked for, when
+        the driver has written to a register, and by `config_changed`; the driver reads it unnoticed.
+        """
         return b""
 
     def write_config(self, offset: int, data: bytes) -> None:
         """The driver wrote ``data``, which lies within `config`."""
+
+    def config_noticed(self) -> None:
+        """The driver has acknowledged the interrupt of `config_changed`; it will read `config` in a moment."""
 
     def attach(self, loop: Loop) -> None:
         """Called once, when the device is put behind its transport: watch host descriptors from here on."""

@@ -1,7 +1,7 @@
 """The MMIO transport (virtio 1.2, section 4.2): the registers of one device, version 2.
 
-`TABLE` below is table 4.1 of the specification. Registers are 32 bits wide and accessed as such; the configuration space
-from 0x100 on takes any access of 1 to 8 bytes. Everything else reads as 0 and ignores writes.
+Registers are 32 bits wide and written as such; the configuration space from 0x100 on takes any write of 1 to 8 bytes that
+lies within it. Everything else reads as 0 and ignores writes.
 """
 
 from __future__ import annotations
@@ -67,27 +67,22 @@ _ADDRESSES = {
 
 
 class MmioTransport(Transport):
-    """A `posada.vmm.bus.Bus` device of `SIZE` bytes in front of ``device``; ``line`` is its interrupt."""
+    """A `posada.vmm.bus.Bus` device of `SIZE` bytes in front of ``device``; ``line`` is its interrupt.
 
-    def __init__(self, device: Device, memory: GuestMemory, line: Callable[[], object], loop: Loop) -> None:
-        super().__init__(device, memory, line, loop)
-        self._reads: dict[int, Callable[[], int]] = {
-            Register.MAGIC: lambda: MAGIC,
-            Register.VERSION: lambda: 2,
-            Register.DEVICE_ID: lambda: self.device.kind,
-            Register.VENDOR_ID: lambda: VENDOR,
-            Register.DEVICE_FEATURES: lambda: _word(self.features, self._device_sel),
-            Register.QUEUE_SIZE_MAX: lambda: self.queues[self._queue_sel].max_size if self._selected else 0,
-            Register.QUEUE_READY: lambda: int(self._selected and self.queues[self._queue_sel].ready),
-            Register.INTERRUPT_STATUS: lambda: self.interrupt_status,
-            Register.STATUS: lambda: int(self.status),
-            Register.CONFIG_GENERATION: lambda: self.generation,
-            # No device has shared memory: a region that is not there has length and address -1 (section 4.2.2.1).
-            Register.SHM_LEN_LOW: lambda: 0xFFFF_FFFF,
-            Register.SHM_LEN_HIGH: lambda: 0xFFFF_FFFF,
-            Register.SHM_BASE_LOW: lambda: 0xFFFF_FFFF,
-            Register.SHM_BASE_HIGH: lambda: 0xFFFF_FFFF,
-        }
+    What the registers read as always stands in ``page`` (`SIZE` bytes), so that the guest can be given it as read-only
+    memory and reads them without an exit; `posada.vmm.virtio.pages` says how, and what follows from that.
+    """
+
+    def __init__(
+        self,
+        device: Device,
+        memory: GuestMemory,
+        line: Callable[[], object],
+        loop: Loop,
+        page: memoryview | None = None,
+    ) -> None:
+        self._page = memoryview(bytearray(SIZE)) if page is None else page
+        self._words = self._page.cast("I")
         self._writes: dict[int, Callable[[int], object]] = {
             Register.DEVICE_FEATURES_SEL: partial(setattr, self, "_device_sel"),
             Register.DRIVER_FEATURES_SEL: partial(setattr, self, "_driver_sel"),
@@ -95,11 +90,24 @@ class MmioTransport(Transport):
             Register.QUEUE_SEL: partial(setattr, self, "_queue_sel"),
             Register.QUEUE_SIZE: self._write_size,
             Register.QUEUE_READY: lambda value: self.set_ready(self._queue_sel, bool(value & 1)),
-            Register.QUEUE_NOTIFY: self._write_notify,
             Register.INTERRUPT_ACK: self.acknowledge,
             Register.STATUS: self.set_status,
             **{register: partial(self._write_address, *field) for register, field in _ADDRESSES.items()},
         }
+        super().__init__(device, memory, line, loop)
+        for register, value in (
+            (Register.MAGIC, MAGIC),
+            (Register.VERSION, 2),
+            (Register.DEVICE_ID, device.kind),
+            (Register.VENDOR_ID, VENDOR),
+            # No device has shared memory: a region that is not there has length and address -1 (section 4.2.2.1).
+            (Register.SHM_LEN_LOW, 0xFFFF_FFFF),
+            (Register.SHM_LEN_HIGH, 0xFFFF_FFFF),
+            (Register.SHM_BASE_LOW, 0xFFFF_FFFF),
+            (Register.SHM_BASE_HIGH, 0xFFFF_FFFF),
+        ):
+            self._words[register >> 2] = value
+        self.show()
 
     def watch_kicks(self, index: int, fd: int) -> None:
         """Queue ``index``'s kicks come on this eventfd (KVM's ioeventfd on QUEUE_NOTIFY with this number as data)."""
@@ -115,26 +123,41 @@ class MmioTransport(Transport):
 
     def read(self, offset: int, size: int) -> int:
         """A read by a vcpu, ``size`` 1 to 8."""
-        if offset >= CONFIG:
-            at = offset - CONFIG
-            return int.from_bytes(self.device.config()[at : at + size], "little")
-        register = self._reads.get(offset)
-        return register() if register is not None and size == 4 else 0
+        return int.from_bytes(self._page[offset : offset + size], "little")
 
     def write(self, offset: int, size: int, value: int) -> None:
         """A write by a vcpu, ``size`` 1 to 8."""
+        if offset == Register.QUEUE_NOTIFY:
+            if value < len(self.queues):
+                self.again(value)  # devices run on the loop's thread, and this may be a vcpu's
+            return
         if offset >= CONFIG:
             at = offset - CONFIG
             if at + size <= len(self.device.config()):
                 self.run(partial(self.device.write_config, at, value.to_bytes(size, "little")))
             else:
                 self._refuse()
-            return
-        register = self._writes.get(offset)
-        if register is not None and size == 4:
+        elif (register := self._writes.get(offset)) is not None and size == 4:
             register(value)
         else:
             self._refuse()
+        self.show()
+
+    def show(self) -> None:
+        words, config = self._words, self.device.config()
+        space = self._page[CONFIG : CONFIG + len(config)]
+        if space != config:  # the guest may be reading: don't touch what is right
+            space[:] = config
+        queue = self.queues[self._queue_sel] if self._queue_sel < len(self.queues) else None
+        words[Register.DEVICE_FEATURES >> 2] = _word(self.features, self._device_sel)
+        words[Register.QUEUE_SIZE_MAX >> 2] = queue.max_size if queue else 0
+        words[Register.QUEUE_READY >> 2] = int(queue.ready) if queue else 0
+        words[Register.CONFIG_GENERATION >> 2] = self.generation
+        words[Register.STATUS >> 2] = self.status
+        words[Register.INTERRUPT_STATUS >> 2] = self.interrupt_status
+
+    def show_interrupt(self) -> None:
+        self._words[Register.INTERRUPT_STATUS >> 2] = self.interrupt_status
 
     def save(self) -> dict[str, Any]:
         selectors = {"device_sel": self._device_sel, "driver_sel": self._driver_sel, "queue_sel": self._queue_sel}
@@ -149,10 +172,6 @@ class MmioTransport(Transport):
     def _clear(self) -> None:
         super()._clear()
         self._device_sel = self._driver_sel = self._queue_sel = 0
-
-    @property
-    def _selected(self) -> bool:
-        return self._queue_sel < len(self.queues)
 
     def _write_features(self, value: int) -> None:
         if self._driver_sel < 2:
@@ -171,10 +190,6 @@ class MmioTransport(Transport):
         if queue is not None and not queue.ready:
             other = getattr(queue, field) & ~(0xFFFF_FFFF << shift)
             setattr(queue, field, other | value << shift)
-
-    def _write_notify(self, value: int) -> None:
-        if value < len(self.queues):
-            self.again(value)  # devices run on the loop's thread, and this may be a vcpu's
 
 
 def _word(value: int, select: int) -> int:

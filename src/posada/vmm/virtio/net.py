@@ -18,7 +18,7 @@ from posada.vmm.net.backend import MAX_FRAME, MIN_FRAME, Feature, Gone, Outcome
 from posada.vmm.net.bucket import Bucket
 from posada.vmm.net.buffers import HEADER_SIZE, RxBuffers
 from posada.vmm.state import StateError
-from posada.vmm.virtio.device import Device
+from posada.vmm.virtio.device import SETTLE, Device
 from posada.vmm.virtio.queue import Chain, Queue, QueueError
 from posada.vmm.virtio.views import total
 
@@ -69,10 +69,12 @@ class Net(Device):
     # Hooks.
 
     def config(self) -> bytes:
-        if self._blinking:
-            self._blinking = False  # now the guest has seen the link down
-            self.loop.soon(self.guarded(self._link_up))
         return _CONFIG.pack(self._mac, _LINK_UP if self._up else 0, 1, self._mtu)
+
+    def config_noticed(self) -> None:
+        if self._blinking:
+            self._blinking = False
+            self.loop.timer(SETTLE, self.guarded(self._link_up))
 
     def activate(self) -> None:
         acked = Feature(self.acked & self.features)
@@ -96,6 +98,8 @@ class Net(Device):
             self._receive()
 
     def reset(self) -> None:
+        if self._blinking:  # nobody will notice any more
+            self._blinking, self._up = False, True
         self._before = self._received_so_far()
         self._buffers = None
         for timer in self._timers.values():

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from posada.errors import EngineError
 from posada.vmm.block.disk import Buffers, Disk
 from posada.vmm.virtio.blk import SECTOR, Blk
+from posada.vmm.virtio.device import SETTLE
 
 
 class NoDisk:
@@ -87,7 +88,11 @@ class Bay(Blk):
         self._seen = seen
         self.config_changed()
 
-    def config(self) -> bytes:
-        seen, self._seen = self._seen, lambda: None
-        seen()
-        return super().config()
+    def config_noticed(self) -> None:
+        self.loop.timer(SETTLE, self._seen)
+        self._seen = lambda: None
+
+    def reset(self) -> None:
+        super().reset()
+        self._seen()  # there is nobody left to look
+        self._seen = lambda: None

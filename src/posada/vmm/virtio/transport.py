@@ -137,7 +137,15 @@ class Transport:
 
     def acknowledge(self, bits: int) -> None:
         """The driver has seen these interrupts."""
+        if bits & self.interrupt_status & CONFIG_CHANGE:
+            self.run(self.device.config_noticed)
         self.interrupt_status &= ~bits
+
+    def show(self) -> None:
+        """Something that the driver can read has changed. For the registers' owner to override."""
+
+    def show_interrupt(self) -> None:
+        """As `show`, of the interrupt status alone."""
 
     # The device's side (`posada.vmm.virtio.device.Transport`).
 
@@ -146,6 +154,7 @@ class Transport:
 
     def interrupt_config(self) -> None:
         self.generation = self.generation + 1 & 0xFFFF_FFFF
+        self.show()
         if self.status & Status.DRIVER_OK:
             self._raise(CONFIG_CHANGE)
 
@@ -162,6 +171,7 @@ class Transport:
         self.reason = reason[:MAX_REASON]
         self.failures += 1
         self._stop(Status.NEEDS_RESET)
+        self.show()
         if self.failures <= MAX_REPORTS:
             sys.stderr.write(f"{self.device.name}: {reason}; the driver must reset it\n")
         if self.status & Status.DRIVER_OK:
@@ -187,8 +197,9 @@ class Transport:
 
     def kick(self) -> None:
         """After a pause, restore or fork: a notification or an interrupt may have been lost on the way. Spurious
-        ones are harmless.
+        ones are harmless. The registers are shown anew: what a forked child was given may be in them.
         """
+        self.show()
         if self.interrupt_status:
             self._interrupt()
         if self.active:
@@ -217,6 +228,8 @@ class Transport:
         except StateError:
             self._reset()
             raise
+        finally:
+            self.show()
 
     def _load(self, document: dict[str, Any]) -> None:
         state.integer(document, "kind", self.device.kind, self.device.kind)
@@ -290,6 +303,7 @@ class Transport:
 
     def _raise(self, bit: int) -> None:
         self.interrupt_status |= bit
+        self.show_interrupt()  # before the interrupt: its handler reads it
         self.interrupts += 1
         self._interrupt()  # even if the bit was set: a spurious interrupt costs little, a lost one everything
 
