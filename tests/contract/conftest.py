@@ -1,4 +1,4 @@
-"""The same suite on every engine, through `Host`. ``POSADA_ENGINES=fake,qemu`` chooses; default: all that work here.
+"""The same suite on every engine, through `Host`. ``POSADA_ENGINES=fake,qemu,kvm`` chooses; default: all that work here.
 
 The fake engine's machines are made anew for each test. Real guests take seconds to boot, so one *master* is booted for
 the session, and each test gets a fork of it.
@@ -18,6 +18,7 @@ import pytest
 from contract_kit import IMAGE, MASTER, Inn
 from host_kit import add_image, check_consistent, open_host
 
+from posada.engine.registry import probe
 from posada.host.db import Database
 from posada.model.machine import make_spec
 
@@ -25,7 +26,8 @@ ROOT = Path(__file__).parents[2]
 
 
 def engines() -> list[Any]:
-    chosen = os.environ.get("POSADA_ENGINES", "fake,qemu").split(",")
+    given = os.environ.get("POSADA_ENGINES")
+    chosen = given.split(",") if given else ["fake", "qemu", *(["kvm"] if probe("kvm").ok else [])]
     return [pytest.param(n, marks=[pytest.mark.guest, pytest.mark.timeout(300)] if n != "fake" else []) for n in chosen]
 
 
