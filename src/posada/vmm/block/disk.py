@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Generator, Sequence
+from contextlib import suppress
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from posada.vmm.block.file import File
 
 Buffers = Sequence[memoryview]
 """A scatter list: writable views of bytes, usually of guest memory."""
@@ -23,14 +27,20 @@ class Disk(Protocol):
     granularity: int
     """The smallest aligned piece that a discard gives back."""
 
-    def read(self, offset: int, buffers: Buffers) -> None:
-        """Fill ``buffers``."""
+    def read(self, offset: int, buffers: Buffers, wait: bool = True) -> None:
+        """Fill ``buffers``. Raises `Cold` if the data is not in memory and may not be waited for."""
 
     def write(self, offset: int, buffers: Buffers) -> None:
         """Write what ``buffers`` hold."""
 
     def flush(self) -> None:
         """Make every write that has returned survive a crash of the monitor, of the host and of the power supply."""
+
+    def flushing(self) -> Generator[File, None, None]:
+        """`flush` in steps: each file that this yields has to be synced before the next step, by any thread.
+
+        The disk may be read, but not changed, until the last step. An error of the sync goes into the iterator.
+        """
 
     def discard(self, offset: int, length: int) -> None:
         """The content is not needed any more: give the space back if that is possible. What is read then is undefined."""
@@ -56,11 +66,23 @@ class Disk(Protocol):
     def descriptors(self) -> list[int]:
         """What `reopen` would replace."""
 
-    def quiesce(self) -> None:
-        """Wait until nothing is in flight."""
-
     def close(self) -> None:
         """`flush` and close the descriptors, also when that raises. Idempotent."""
+
+
+class Cold(BlockingIOError):
+    """What was to be read is not in the host's memory."""
+
+    def __init__(self, file: File, offset: int, length: int) -> None:
+        super().__init__(errno.EAGAIN, os.strerror(errno.EAGAIN))
+        self.file = file
+        self.offset = offset
+        self.length = length
+
+    def prefetch(self) -> None:
+        """Have the host read it, without waiting."""
+        with suppress(OSError):
+            os.posix_fadvise(self.file.fd, self.offset, self.length, os.POSIX_FADV_WILLNEED)
 
 
 def total(buffers: Buffers) -> int:

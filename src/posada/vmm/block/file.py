@@ -6,13 +6,17 @@ import ctypes
 import errno
 import os
 import stat
+import time
 
 from posada.errors import ImageError
-from posada.vmm.block.disk import Buffers, total, zero, zeros
+from posada.vmm.block.disk import Buffers, Cold, total, zero, zeros
 
 _IOV_MAX = 1024
 _KEEP_SIZE, _PUNCH_HOLE, _ZERO_RANGE = 0x01, 0x02, 0x10  # linux/falloc.h
 _ZERO_CHUNK = 16 << 20
+
+SLOW = 0.001
+"""Seconds: a sync that takes longer is better done by another thread; handing over costs about 50 µs."""
 
 _fallocate = ctypes.CDLL(None, use_errno=True).fallocate64
 _fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
@@ -25,7 +29,7 @@ class File:
     time: from then on every `sync` fails, so that nobody believes lost data to be durable.
     """
 
-    __slots__ = ("_lost", "_unsynced", "fd", "sparse")
+    __slots__ = ("_impatient", "_lost", "_unsynced", "fd", "slow", "sparse")
 
     def __init__(self, fd: int) -> None:
         """Raises ImageError if ``fd`` is neither a regular file nor a block device."""
@@ -35,16 +39,24 @@ class File:
         self.fd = fd
         self.sparse = stat.S_ISREG(mode)
         """What was never written reads as zeros."""
+        self.slow = False
+        """The last sync took its time."""
         self._unsynced = False
         self._lost = False
+        self._impatient = True
 
     def length(self) -> int:
         return os.lseek(self.fd, 0, os.SEEK_END)
 
-    def readv(self, offset: int, buffers: Buffers) -> None:
-        """Fill ``buffers``, with zeros where the file has ended."""
+    def readv(self, offset: int, buffers: Buffers, wait: bool = True) -> None:
+        """Fill ``buffers``, with zeros where the file has ended. Raises `Cold` if that takes waiting and may not."""
         if len(buffers) <= _IOV_MAX:
-            wanted = total(buffers)
+            wanted = sum(map(len, buffers))
+            if not wait and self._impatient:
+                if self._read_now(offset, buffers) == wanted:
+                    return
+                if self._impatient:
+                    raise Cold(self, offset, wanted)
             got = os.preadv(self.fd, buffers, offset)
             if got == wanted:
                 return
@@ -58,11 +70,22 @@ class File:
             offset += total(part)
             self.readv(offset - total(part), part)
 
+    def _read_now(self, offset: int, buffers: Buffers) -> int:
+        try:
+            return os.preadv(self.fd, buffers, offset, os.RWF_NOWAIT)
+        except BlockingIOError:
+            return 0
+        except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
+                raise
+            self._impatient = False  # tmpfs, say: it need not wait either
+            return 0
+
     def writev(self, offset: int, buffers: Buffers) -> None:
         """Write all of ``buffers``; the file grows if need be."""
         self._unsynced = True
         if len(buffers) <= _IOV_MAX:
-            wanted = total(buffers)
+            wanted = sum(map(len, buffers))
             done = os.pwritev(self.fd, buffers, offset)
             if done == wanted:
                 return
@@ -89,12 +112,19 @@ class File:
             raise OSError(errno.EIO, "an earlier flush failed: data was lost")
         if not self._unsynced:
             return
+        self._unsynced = False
+        began = time.monotonic()
         try:
             os.fdatasync(self.fd)
         except OSError:
-            self._lost = True
+            self._lost = self._unsynced = True
             raise
-        self._unsynced = False
+        self.slow = time.monotonic() - began > SLOW
+
+    @property
+    def synced(self) -> bool:
+        """`sync` has nothing to do, and nothing to complain of."""
+        return not self._unsynced and not self._lost
 
     def punch(self, offset: int, length: int) -> bool:
         """Give the space back; it reads as zeros then. False if that is not possible here."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 
 from posada.errors import ImageError
 from posada.vmm.block.disk import Buffers, beyond_end, read_only, total
@@ -25,10 +25,10 @@ class RawDisk:
         if self.size <= 0 or (not self.file.sparse and length < self.size):
             raise ImageError(f"a block device of {length} bytes cannot be a disk of {self.size}")
 
-    def read(self, offset: int, buffers: Buffers) -> None:
-        if offset < 0 or offset + total(buffers) > self.size:
+    def read(self, offset: int, buffers: Buffers, wait: bool = True) -> None:
+        if offset < 0 or offset + sum(map(len, buffers)) > self.size:
             raise beyond_end()
-        self.file.readv(offset, buffers)
+        self.file.readv(offset, buffers, wait)
 
     def write(self, offset: int, buffers: Buffers) -> None:
         self._check(offset, total(buffers))
@@ -36,6 +36,10 @@ class RawDisk:
 
     def flush(self) -> None:
         self.file.sync()
+
+    def flushing(self) -> Generator[File, None, None]:
+        if not self.file.synced:
+            yield self.file
 
     def discard(self, offset: int, length: int) -> None:
         self._check(offset, length)
@@ -70,9 +74,6 @@ class RawDisk:
 
     def descriptors(self) -> list[int]:
         return [self.file.fd]
-
-    def quiesce(self) -> None:
-        pass
 
     def close(self) -> None:
         if self.file.fd < 0:

@@ -1,24 +1,33 @@
 """Block device (virtio 1.2, section 5.2) in front of a `posada.vmm.block.disk.Disk`.
 
 A request is a header, data, and a status byte: the driver's writable part ends with it. Data goes straight between the
-disk's file and guest memory. Requests are answered in the loop, in order; what a kick brought gets one interrupt.
+disk's file and guest memory. Requests are answered in the loop; what a kick brought gets one interrupt. Two things take
+longer than the loop should wait:
+
+- *reads of what the host has not in memory*: those of one kick are started together and answered last;
+- *flushes*, where the host's disk is slow: a thread waits for it (`posada.vmm.block.worker`). Until then the device
+  takes no other request, so nothing changes under the flush; the rest of the machine goes on.
 """
 
 from __future__ import annotations
 
 import errno
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from enum import IntEnum
+from functools import partial
 from struct import Struct
 from typing import Any
 
 from posada.errors import ImageError, StateError
 from posada.vmm import state
 from posada.vmm.block.chain import overlay
-from posada.vmm.block.disk import Disk, total
+from posada.vmm.block.disk import Cold, Disk, total
+from posada.vmm.block.file import File
+from posada.vmm.block.worker import Worker
+from posada.vmm.loop import Loop
 from posada.vmm.virtio.device import Device
-from posada.vmm.virtio.queue import Chain, QueueError
+from posada.vmm.virtio.queue import Chain, Queue, QueueError
 
 SECTOR = 512
 """Section 5.2.6: the unit of every sector number, whatever the block size."""
@@ -30,6 +39,8 @@ MAX_CLEAR = 1 << 19
 """Segments of one discard or write-zeroes request, and sectors of one segment (256 MiB): bounds its time."""
 MAX_TURN = 16 << 20
 """Bytes moved before the loop looks after others."""
+_REQUEST = 1 << 16
+"""What a request costs of that, beside its bytes: there are at most 256 in a turn."""
 MAX_REPORTS = 16
 """Failed requests that stderr hears of; a guest can make any number."""
 _CLEARED_PER_MOVED = 128
@@ -61,6 +72,10 @@ class Kind(IntEnum):
 
 OK, IOERR, UNSUPP = 0, 1, 2
 
+Steps = Generator[File, None, None]
+Answer = int | Steps
+"""A request's status, or the flush that has to happen first."""
+
 
 class Blk(Device):
     """``serial`` is what GET_ID tells the guest: the disk's name, of which 20 bytes fit."""
@@ -77,6 +92,7 @@ class Blk(Device):
         self._capacity = disk.size // SECTOR
         self._writeback: bool | None = None  # None: as the features say
         self._turn = 0
+        self._flushing = False  # a request waits for the worker
         self._counters = dict.fromkeys(
             (
                 "reads",
@@ -91,8 +107,7 @@ class Blk(Device):
             ),
             0,
         )
-        self._requests: dict[int, Callable[[int, list[memoryview], list[memoryview]], int]] = {
-            Kind.IN: self._in,
+        self._requests: dict[int, Callable[[int, list[memoryview], list[memoryview]], Answer]] = {
             Kind.OUT: self._out,
             Kind.FLUSH: self._flush,
             Kind.GET_ID: self._get_id,
@@ -104,21 +119,25 @@ class Blk(Device):
 
     def resize(self, size: int) -> None:
         """Grow the disk to ``size`` bytes and tell the guest. Durable. Raises OSError, ImageError."""
+        self._worker.drain()
         self.disk.resize(size)
         self._capacity = self.disk.size // SECTOR
         self.config_changed()
 
     def freeze(self) -> None:
         """Before a fork or a snapshot: the disk's files are complete, and stay as they are. Then `switch` or `reopen`."""
+        self._worker.drain()
         self.disk.freeze()
 
     def switch(self, fd: int) -> None:
         """Go on with the empty qcow2 overlay on ``fd`` above what the disk was so far. Raises OSError, ImageError."""
+        self._worker.drain()
         self.disk = overlay(self.disk, fd)
 
     def reopen(self, given: Mapping[str, Any]) -> None:
         """After `freeze`, in a forked child. ``layers``: descriptors for the layers, the lowest first, read-only;
         ``overlay``: one for its own new top layer. Either may be missing: a read-only disk needs neither."""
+        self._worker.after_fork()
         if "layers" in given:
             self.disk.reopen(given["layers"])
         if "overlay" in given:
@@ -140,18 +159,46 @@ class Blk(Device):
         if self.acked & F_CONFIG_WCE and offset <= _WRITEBACK_AT < offset + len(data):
             self._writeback = bool(data[_WRITEBACK_AT - offset])
             if not self._writeback:
-                self._attempt(self.disk.flush)
+                self._worker.drain()
+                try:
+                    self.disk.flush()
+                except (OSError, ImageError) as error:
+                    self._refused(error)  # the next request will fail as well
 
     @property
     def writeback(self) -> bool:
         """Writes may be answered before they are durable. A driver that cannot flush gets them durable at once."""
         return bool(self.acked & F_FLUSH) if self._writeback is None else self._writeback
 
+    def attach(self, loop: Loop) -> None:
+        self._worker = Worker(loop)
+
     def notify(self, index: int) -> None:
+        """As `Device.serve`, with requests that are answered later."""
+        queue = self.queues[0]
+        cold: list[tuple[Chain, Cold]] = []
         self._turn = MAX_TURN
-        self.serve(self.queues[0], self._answer)
+        queue.disable_notify()
+        while not self._flushing:
+            if self._turn <= 0:
+                self.transport.again(0)
+                break
+            request = queue.pop()
+            if request is not None:
+                self._turn -= _REQUEST
+                self._take(queue, request, cold)
+            elif not queue.enable_notify():
+                break
+        if len(cold) > 1:
+            for _, missing in cold:
+                missing.prefetch()
+        for request, _ in cold:
+            self._worker.drain()  # it is read from guest memory again, where it may have become a write by now
+            self._take(queue, request, None)
+        self.signal(queue)
 
     def reset(self) -> None:
+        self._worker.drain()
         self._writeback = None
 
     def save(self) -> dict[str, Any]:
@@ -166,51 +213,98 @@ class Blk(Device):
             self.config_changed()
 
     def quiesce(self) -> None:
-        self.disk.quiesce()
+        self._worker.drain()
 
     def close(self) -> None:
-        self._attempt(self.disk.close)
+        self._worker.close()
+        try:
+            self.disk.close()
+        except (OSError, ImageError) as error:
+            self._refused(error)
 
     def metrics(self) -> dict[str, int]:
         return dict(self._counters)
 
     # Requests.
 
-    def _answer(self, request: Chain) -> int | None:
-        """Returns the bytes of the writable part. Raises QueueError where the driver gets no status: nowhere to put it."""
-        if self._turn <= 0:
-            self.transport.again(0)
-            return None
+    def _take(self, queue: Queue, request: Chain, cold: list[tuple[Chain, Cold]] | None) -> None:
+        """Answer a request now, or later: what would have to wait for the host's disk goes to ``cold``."""
+        try:
+            answer = self._answer(request, cold is None)
+        except Cold as missing:
+            assert cold is not None
+            cold.append((request, missing))
+            return
+        if isinstance(answer, int):
+            self._finish(queue, request, answer)
+        else:
+            self._flush_on(request, answer, None)
+
+    def _finish(self, queue: Queue, request: Chain, status: int) -> None:
+        request.writable[-1][-1] = status
+        queue.push(request, request.writable_size)
+
+    def _answer(self, request: Chain, wait: bool) -> Answer:
+        """Raises QueueError where the driver gets no status: nowhere to put it; Cold."""
         readable, writable = request.readable, request.writable
         while writable and not writable[-1]:
             writable.pop()
         if not writable:
             raise QueueError("a block request with no room for its status")
         if readable and len(readable[0]) == _HEADER.size:
-            header, data = bytes(readable[0]), readable[1:]
+            kind, sector = _HEADER.unpack(readable[0])
+            data = readable[1:]
         else:
             header, data = _split(readable, _HEADER.size)
-        kind, sector = _HEADER.unpack(header)
-        last = writable[-1]
-        size = total(writable)
-        room = writable[:-1] if len(last) == 1 else [*writable[:-1], last[:-1]]
-        handle = self._requests.get(kind)
-        if handle is None:
-            self._counters["unsupported"] += 1
-            last[-1] = UNSUPP
-        elif len(data) > SEG_MAX or len(room) > SEG_MAX:
-            last[-1] = self._failed(f"{len(data) + len(room)} buffers")
-        else:
-            last[-1] = self._attempt(lambda: handle(sector, data, room))
-        return size
-
-    def _attempt(self, call: Callable[[], int | None]) -> int:
-        """``call``'s status. What the host refuses is the guest's I/O error, and ours to report."""
+            kind, sector = _HEADER.unpack(header)
+        room = writable[:-1]
+        if len(writable[-1]) > 1:
+            room.append(writable[-1][:-1])
+        if len(data) > SEG_MAX or len(room) > SEG_MAX:
+            return self._failed(f"{len(data) + len(room)} buffers")
         try:
-            return call() or OK
+            if kind == Kind.IN:
+                return self._in(sector, room, wait)
+            handle = self._requests.get(kind)
+            if handle is not None:
+                return handle(sector, data, room)
+        except Cold:
+            raise
         except (OSError, ImageError) as error:
-            number = error.errno if isinstance(error, OSError) else None
-            return self._failed(f"{errno.errorcode.get(number, number)}: {error}" if number else str(error))
+            return self._refused(error)
+        self._counters["unsupported"] += 1
+        return UNSUPP
+
+    def _flush_on(self, request: Chain, steps: Steps, error: OSError | None) -> None:
+        """Go on with the flush that ``request`` waits for. ``error``: how its last step failed."""
+        late, self._flushing = self._flushing, False
+        while True:
+            try:
+                file = next(steps) if error is None else steps.throw(error)
+            except StopIteration:
+                status = OK
+                break
+            except (OSError, ImageError) as refused:
+                status = self._refused(refused)
+                break
+            if file.slow:
+                self._flushing = True
+                self._worker.submit(file.sync, self.guarded(partial(self._flush_on, request, steps)))
+                return
+            error = None
+            try:
+                file.sync()
+            except OSError as failed:
+                error = failed
+        self._finish(self.queues[0], request, status)
+        if late:
+            self.signal(self.queues[0])
+            self.transport.again(0)
+
+    def _refused(self, error: Exception) -> int:
+        """What the host refuses is the guest's I/O error, and ours to report."""
+        number = error.errno if isinstance(error, OSError) else None
+        return self._failed(f"{errno.errorcode.get(number, number)}: {error}" if number else str(error))
 
     def _failed(self, reason: str) -> int:
         self._counters["errors"] += 1
@@ -218,25 +312,23 @@ class Blk(Device):
             print(f"{self.name}: a request failed: {reason}", file=sys.stderr, flush=True)  # noqa: T201
         return IOERR
 
-    def _in(self, sector: int, data: list[memoryview], room: list[memoryview]) -> int:
+    def _in(self, sector: int, room: list[memoryview], wait: bool) -> int:
         length = self._check(sector, room)
-        self.disk.read(sector * SECTOR, room)
+        self.disk.read(sector * SECTOR, room, wait)
         self._counters["reads"] += 1
         self._counters["read_bytes"] += length
         return OK
 
-    def _out(self, sector: int, data: list[memoryview], room: list[memoryview]) -> int:
+    def _out(self, sector: int, data: list[memoryview], room: list[memoryview]) -> Answer:
         length = self._check(sector, data)
         self.disk.write(sector * SECTOR, data)
-        self._settle()
         self._counters["writes"] += 1
         self._counters["written_bytes"] += length
-        return OK
+        return self._settled()
 
-    def _flush(self, sector: int, data: list[memoryview], room: list[memoryview]) -> int:
+    def _flush(self, sector: int, data: list[memoryview], room: list[memoryview]) -> Answer:
         self._counters["flushes"] += 1
-        self.disk.flush()
-        return OK
+        return self.disk.flushing()
 
     def _get_id(self, sector: int, data: list[memoryview], room: list[memoryview]) -> int:
         text = self.serial.ljust(_ID_SIZE, b"\0")
@@ -245,29 +337,27 @@ class Blk(Device):
             view[: len(piece)] = piece
         return OK
 
-    def _discard(self, sector: int, data: list[memoryview], room: list[memoryview]) -> int:
+    def _discard(self, sector: int, data: list[memoryview], room: list[memoryview]) -> Answer:
         segments = self._segments(data)
         if any(flags for _, _, flags in segments):  # unmap has no meaning here, the rest is reserved
             return UNSUPP
         for offset, length, _ in segments:
             self.disk.discard(offset, length)
-        self._settle()
         self._counters["discards"] += 1
-        return OK
+        return self._settled()
 
-    def _write_zeroes(self, sector: int, data: list[memoryview], room: list[memoryview]) -> int:
+    def _write_zeroes(self, sector: int, data: list[memoryview], room: list[memoryview]) -> Answer:
         segments = self._segments(data)
         if any(flags & ~_UNMAP for _, _, flags in segments):
             return UNSUPP
         for offset, length, flags in segments:
             self.disk.write_zeroes(offset, length, bool(flags & _UNMAP))
-        self._settle()
         self._counters["zeroes"] += 1
-        return OK
+        return self._settled()
 
     def _check(self, sector: int, buffers: Sequence[memoryview]) -> int:
         """Bytes of a transfer. Raises OSError if it is none of whole sectors of this disk."""
-        length = total(buffers)
+        length = sum(map(len, buffers))
         if length % SECTOR or sector + length // SECTOR > self._capacity:
             raise OSError(errno.EINVAL, f"sector {sector} and {length} bytes from there")
         self._turn -= length
@@ -286,9 +376,8 @@ class Blk(Device):
             self._turn -= sectors * SECTOR // _CLEARED_PER_MOVED
         return out
 
-    def _settle(self) -> None:
-        if not self.writeback:
-            self.disk.flush()
+    def _settled(self) -> Answer:
+        return OK if self.writeback else self.disk.flushing()
 
 
 def _split(buffers: list[memoryview], length: int) -> tuple[bytes, list[memoryview]]:

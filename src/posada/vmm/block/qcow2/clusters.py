@@ -13,7 +13,10 @@ So what was written but not flushed may be lost when the monitor is killed, as i
 
 from __future__ import annotations
 
+from collections.abc import Generator
+
 from posada.errors import ImageError
+from posada.vmm.block.file import File
 from posada.vmm.block.qcow2.compressed import Compressed
 from posada.vmm.block.qcow2.image import COMPRESSED, COPIED, OFFSET, ZERO, Image
 from posada.vmm.block.qcow2.refcounts import Refcounts
@@ -72,25 +75,35 @@ class Clusters:
 
         On OSError what was not written stays and is tried again by the next call.
         """
+        for file in self._committing():
+            file.sync()
+
+    def flush(self) -> None:
+        """`commit`, durably; then give back what was let go of."""
+        for file in self.flushing():
+            file.sync()
+
+    def _committing(self) -> Generator[File, None, None]:
+        """`commit` in steps: what this yields has to be synced before the next one."""
         if self.refcounts is None:
             return
         if self.image.damage is not None:
             raise ImageError(f"the qcow2 image is corrupt: {self.image.damage}")
-        file = self.image.file
         self.refcounts.write_blocks()
         if self.tables.dirty:
             self.tables.write_new()
-            file.sync()
+            yield self.image.file
         elif self.refcounts.staged:
-            file.sync()
+            yield self.image.file
         if self.refcounts.write_table() and self.tables.dirty:
-            file.sync()
+            yield self.image.file
         self.tables.write_linked()
 
-    def flush(self) -> None:
-        """`commit`, durably; then give back what was let go of."""
-        self.commit()
-        self.image.file.sync()
+    def flushing(self) -> Generator[File, None, None]:
+        """`flush` in steps, likewise."""
+        yield from self._committing()
+        if not self.image.file.synced:
+            yield self.image.file
         retired, self._retired = self._retired, []
         if self.refcounts is None:
             return

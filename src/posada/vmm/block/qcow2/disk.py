@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import errno
 from array import array
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 
 from posada.errors import ImageError
 from posada.vmm.block.disk import Buffers, Cursor, Disk, beyond_end, read_only, total, zero, zeros
@@ -48,7 +48,7 @@ class Qcow2Disk:
 
     # Reading.
 
-    def read(self, offset: int, buffers: Buffers) -> None:
+    def read(self, offset: int, buffers: Buffers, wait: bool = True) -> None:
         length = len(buffers[0]) if len(buffers) == 1 else total(buffers)
         end = offset + length
         if offset < 0 or end > self.size:
@@ -57,11 +57,11 @@ class Qcow2Disk:
             return
         entry, run = self.locate(offset, end)
         if run == length:
-            self._read_run(offset, run, entry, buffers)
+            self._read_run(offset, run, entry, buffers, wait)
             return
         cursor = Cursor(buffers)
         while True:
-            self._read_run(offset, run, entry, cursor.take(run))
+            self._read_run(offset, run, entry, cursor.take(run), wait)
             offset += run
             if offset == end:
                 return
@@ -91,15 +91,15 @@ class Qcow2Disk:
             run += self._inside + 1
         return entry, min(run, end - offset)
 
-    def _read_run(self, offset: int, length: int, entry: int, buffers: Buffers) -> None:
+    def _read_run(self, offset: int, length: int, entry: int, buffers: Buffers, wait: bool) -> None:
         host = entry & ~COPIED
         if not host:
-            self._read_backing(offset, length, buffers)
+            self._read_backing(offset, length, buffers, wait)
         elif not host & self._odd:
             host += offset & self._inside
             if host + length > self.image.end:
                 self.image.check_cluster(host, length, writing=False)
-            self.file.readv(host, buffers)
+            self.file.readv(host, buffers, wait)
         elif host & COMPRESSED:
             start = offset & self._inside
             _fill(buffers, memoryview(self.clusters.compressed.read(entry))[start:])
@@ -108,15 +108,15 @@ class Qcow2Disk:
         else:
             self.image.corrupt(f"an L2 entry makes no sense ({entry:#x})")
 
-    def _read_backing(self, offset: int, length: int, buffers: Buffers) -> None:
+    def _read_backing(self, offset: int, length: int, buffers: Buffers, wait: bool) -> None:
         backed = self.backed - offset
         if self.backing is None or backed <= 0:
             zero(buffers)
         elif backed >= length:
-            self.backing.read(offset, buffers)
+            self.backing.read(offset, buffers, wait)
         else:
             cursor = Cursor(buffers)
-            self.backing.read(offset, cursor.take(backed))
+            self.backing.read(offset, cursor.take(backed), wait)
             zero(cursor.take(length - backed))
 
     def reads_zero(self, entry: int, offset: int) -> bool:
@@ -196,7 +196,7 @@ class Qcow2Disk:
         out = memoryview(bytearray(length))
         if offset < self.size:
             length = min(length, self.size - offset)
-            self._read_run(offset, length, entry, [out[:length]])
+            self._read_run(offset, length, entry, [out[:length]], True)
         return [out]
 
     def replace(self, table: Table, slot: int, new: array[int]) -> None:
@@ -220,9 +220,13 @@ class Qcow2Disk:
     # Life.
 
     def flush(self) -> None:
+        for file in self.flushing():
+            file.sync()
+
+    def flushing(self) -> Generator[File, None, None]:
         if self.backing is not None:
-            self.backing.flush()
-        self.clusters.flush()
+            yield from self.backing.flushing()
+        yield from self.clusters.flushing()
 
     def freeze(self) -> None:
         if not self.readonly:
@@ -239,14 +243,11 @@ class Qcow2Disk:
     def descriptors(self) -> list[int]:
         return [*(self.backing.descriptors() if self.backing is not None else []), self.file.fd]
 
-    def quiesce(self) -> None:
-        pass
-
     def close(self) -> None:
         if self.file.fd < 0:
             return
         try:
-            if not self.readonly and self.image.damage is None:
+            if self.image.damage is None:
                 self.flush()
         finally:
             self.file.close()
