@@ -173,7 +173,7 @@ class Stream:
         while self.backlog and not self.deaf:
             views = [self.backlog[i] for i in range(min(len(self.backlog), _PIECES))]
             sent = self._send(views, total(views))
-            if not sent:
+            if not sent or self.deaf:
                 return
             self.backlog_size -= sent
             self.forwarded = self.forwarded + sent & WRAP
