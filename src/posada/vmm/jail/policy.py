@@ -17,7 +17,7 @@ from posada.vmm.jail.bpf import ALLOW, KILL, Argument, Rule
 _DATA = {
     "read": 0, "write": 1, "close": 3, "lseek": 8, "pread64": 17, "pwrite64": 18, "readv": 19, "writev": 20,
     "sendfile": 40, "fsync": 74, "fdatasync": 75, "ftruncate": 77, "fallocate": 285, "preadv": 295, "pwritev": 296,
-    "preadv2": 327, "pwritev2": 328, "copy_file_range": 326, "splice": 275,
+    "preadv2": 327, "pwritev2": 328, "copy_file_range": 326, "splice": 275, "fadvise64": 221,
     "fstat": 5, "dup": 32, "dup3": 292, "utimensat": 280, "flock": 73, "fcntl": 72, "close_range": 436,
 }  # fmt: skip
 # Memory.
