@@ -52,7 +52,7 @@ def test_more_buffers_than_one_call_takes(path: Path) -> None:
 def test_short_transfers_go_on(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Signals and full devices cut transfers anywhere."""
     preadv, pwritev = os.preadv, os.pwritev
-    monkeypatch.setattr(os, "preadv", lambda f, b, o: preadv(f, [b[0][:7]], o))
+    monkeypatch.setattr(os, "preadv", lambda f, b, o, *_: preadv(f, [b[0][:7]], o))
     monkeypatch.setattr(os, "pwritev", lambda f, b, o: pwritev(f, [b[0][:7]], o))
     disk = RawDisk(fd(path))
     assert read(disk, 3, 300, [100, 50]) == pattern(MIB, 1)[3:303]

@@ -29,7 +29,7 @@ class File:
     time: from then on every `sync` fails, so that nobody believes lost data to be durable.
     """
 
-    __slots__ = ("_impatient", "_lost", "_unsynced", "fd", "slow", "sparse")
+    __slots__ = ("_lost", "_now", "_unsynced", "fd", "slow", "sparse")
 
     def __init__(self, fd: int) -> None:
         """Raises ImageError if ``fd`` is neither a regular file nor a block device."""
@@ -43,7 +43,7 @@ class File:
         """The last sync took its time."""
         self._unsynced = False
         self._lost = False
-        self._impatient = True
+        self._now = os.RWF_NOWAIT
 
     def length(self) -> int:
         return os.lseek(self.fd, 0, os.SEEK_END)
@@ -52,14 +52,20 @@ class File:
         """Fill ``buffers``, with zeros where the file has ended. Raises `Cold` if that takes waiting and may not."""
         if len(buffers) <= _IOV_MAX:
             wanted = sum(map(len, buffers))
-            if not wait and self._impatient:
-                if self._read_now(offset, buffers) == wanted:
-                    return
-                if self._impatient:
-                    raise Cold(self, offset, wanted)
-            got = os.preadv(self.fd, buffers, offset)
+            flags = 0 if wait else self._now
+            try:
+                got = os.preadv(self.fd, buffers, offset, flags)
+            except OSError as error:
+                if not flags or error.errno not in (errno.EAGAIN, errno.EOPNOTSUPP):
+                    raise
+                if error.errno == errno.EAGAIN:
+                    raise Cold(self, offset, wanted) from None
+                self._now = 0  # a file system that cannot say: then everything is waited for
+                got = os.preadv(self.fd, buffers, offset)
             if got == wanted:
                 return
+            if flags:
+                raise Cold(self, offset, wanted)
             if got:
                 buffers, offset = _rest(buffers, got), offset + got
             else:
@@ -69,17 +75,6 @@ class File:
             part = buffers[at : at + _IOV_MAX]
             offset += total(part)
             self.readv(offset - total(part), part)
-
-    def _read_now(self, offset: int, buffers: Buffers) -> int:
-        try:
-            return os.preadv(self.fd, buffers, offset, os.RWF_NOWAIT)
-        except BlockingIOError:
-            return 0
-        except OSError as error:
-            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
-                raise
-            self._impatient = False  # tmpfs, say: it need not wait either
-            return 0
 
     def writev(self, offset: int, buffers: Buffers) -> None:
         """Write all of ``buffers``; the file grows if need be."""
