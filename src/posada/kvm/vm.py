@@ -62,7 +62,8 @@ class Vm:
         self.has_pit = False
         self._mmap_size = mmap_size
         self._state_msrs = state_msrs
-        self._slots: dict[int, int] = {}
+        self.slots: dict[int, MemoryRegion] = {}
+        """Memory slots as they were set last, by number."""
 
     # what it is made of
 
@@ -86,9 +87,9 @@ class Vm:
         region = MemoryRegion(slot, flags, guest_phys, size, address)
         call(self.fd, Ioctl.SET_USER_MEMORY_REGION, region, f"slot {slot}, {size:#x} bytes at {guest_phys:#x}")
         if size:
-            self._slots[slot] = size
+            self.slots[slot] = region
         else:
-            self._slots.pop(slot, None)
+            self.slots.pop(slot, None)
 
     def create_vcpu(self, vcpu_id: int) -> Vcpu:
         """A vcpu with this APIC id, in reset state. After the irqchip, so that it has a local APIC in the kernel."""
@@ -207,7 +208,8 @@ class Vm:
 
         The slot must have `MemFlag.LOG_DIRTY_PAGES`. With MANUAL_DIRTY_LOG_PROTECT2 they stay until `clear_dirty_log`.
         """
-        bitmap = bytearray((self._slots.get(slot, 0) // PAGE + 63) // 64 * 8)
+        size = self.slots[slot].memory_size if slot in self.slots else 0
+        bitmap = bytearray((size // PAGE + 63) // 64 * 8)
         if bitmap:
             # SAFETY: the bitmap has a bit for each page of the slot, in whole 64-bit words, and outlives the call.
             request = DirtyLog(slot, 0, addressof(c_char.from_buffer(bitmap)))

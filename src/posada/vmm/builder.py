@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from functools import partial
 
 from posada.errors import SpecError
-from posada.kvm.numbers import Cap
+from posada.kvm.numbers import Cap, MemFlag
 from posada.kvm.system import System
 from posada.runtime.console import Console, DescriptorLog
 from posada.vmm import jail, layout
@@ -36,6 +36,7 @@ from posada.vmm.virtio.blk import Blk
 from posada.vmm.virtio.device import Device
 from posada.vmm.virtio.mmio import MmioTransport
 from posada.vmm.virtio.net import Net
+from posada.vmm.virtio.pages import RegisterPages
 from posada.vmm.virtio.rng import Rng
 from posada.vmm.virtio.spare import Bay
 from posada.vmm.virtio.vsock.device import Vsock
@@ -43,6 +44,8 @@ from posada.vmm.virtio.vsock.device import Vsock
 CONSOLE_LOG_MAX = 1 << 20
 """Bytes of console log before it rotates (`posada.engine.base.CONSOLE_LOG_MAX`)."""
 MAX_SLOTS = 48
+REGISTERS = 8
+"""Memory slot of the virtio devices' registers (`posada.vmm.virtio.pages`); RAM takes those from 0 on."""
 MTRR_DEF_TYPE, MTRR_WRITE_BACK = 0x2FF, 0x806
 """Firmware's job: all memory is write-back. Without it Linux does without PAT."""
 
@@ -64,6 +67,7 @@ def build(config: MonitorConfig) -> Machine:
 def prepare(config: MonitorConfig, memory: GuestMemory) -> Machine:
     """The parts that are Python's: memory, loop, buses, devices. A restore begins with this too."""
     machine = Machine(config, System(config.kvm), Loop(), memory)
+    machine.registers = RegisterPages(MAX_SLOTS)
     add_console(machine)
     add_power(machine)
     add_clock(machine)
@@ -77,6 +81,9 @@ def wire(machine: Machine) -> None:
     vm = machine.vm = machine.system.create_vm()
     for slot, region in enumerate(machine.memory.regions):
         vm.set_memory(slot, region.base, region.size, region.address)
+    if machine.slots and machine.system.check(Cap.READONLY_MEM):
+        size = len(machine.slots) * layout.VIRTIO_MMIO_SIZE
+        vm.set_memory(REGISTERS, layout.VIRTIO_MMIO, size, machine.registers.address, MemFlag.READONLY)
     vm.set_identity_map_addr(layout.IDENTITY_MAP)
     vm.set_tss_addr(layout.TSS)
     vm.create_irqchip()
@@ -143,7 +150,8 @@ def add_virtio(machine: Machine, name: str, device: Device) -> None:
     device.name = name
     address = layout.VIRTIO_MMIO + index * layout.VIRTIO_MMIO_SIZE
     line = Line(layout.VIRTIO_GSIS[index % len(layout.VIRTIO_GSIS)])
-    slot = Slot(MmioTransport(device, machine.memory, line, machine.loop), address, line)
+    page = machine.registers.page(index)
+    slot = Slot(MmioTransport(device, machine.memory, line, machine.loop, page), address, line)
     for queue in range(len(device.queue_sizes)):
         slot.kicks.append(new_kick())
         slot.transport.watch_kicks(queue, slot.kicks[queue])

@@ -44,6 +44,7 @@ from posada.vmm.memory import GuestMemory
 from posada.vmm.pagemap import Run
 from posada.vmm.vcpu import Vcpus, VcpuThread
 from posada.vmm.virtio.mmio import MmioTransport
+from posada.vmm.virtio.pages import ACKNOWLEDGE, USED_BUFFER, RegisterPages
 
 VERSION = 1
 """Of the saved state."""
@@ -98,6 +99,7 @@ class Machine:
     serial: Serial
     power: PowerRegisters
     control: Control
+    registers: RegisterPages
 
     def __init__(self, config: MonitorConfig, system: System, loop: Loop, memory: GuestMemory) -> None:
         self.config = config
@@ -112,6 +114,8 @@ class Machine:
         """Interrupt lines of what is not virtio, by device name."""
         self.slots: dict[str, Slot] = {}
         """Virtio devices by name, in the order of their addresses."""
+        self._swallowed = new_kick()
+        """An eventfd nobody looks at (`posada.vmm.virtio.pages`)."""
         self.layers: tuple[tuple[Run, ...], ...] | None = None
         """What it stands on: the runs of the upper memory files (`posada.vmm.snapshot`). None: on no file."""
         self._clock: ClockData | None = None
@@ -243,15 +247,18 @@ class Machine:
     # Its descriptors.
 
     def connect(self) -> None:
-        """Tie interrupts and kicks to the (new) vm. Raises KvmError."""
+        """Tie interrupts, kicks and acknowledgements to the (new) vm. Raises KvmError."""
         for line in [*self.lines.values(), *(slot.line for slot in self.slots.values())]:
             line.connect(self.vm)
         for slot in self.slots.values():
             for index, kick in enumerate(slot.kicks):
                 self.vm.ioeventfd(kick, slot.address + QUEUE_NOTIFY, 4, datamatch=index)
+            self.vm.ioeventfd(self._swallowed, slot.address + ACKNOWLEDGE, 4, datamatch=USED_BUFFER)
 
     def after_fork(self) -> None:
         """In a forked child: eventfds of its own. After the loop's `after_fork`: its old epoll is the parent's too."""
+        os.close(self._swallowed)
+        self._swallowed = new_kick()
         for line in [*self.lines.values(), *(slot.line for slot in self.slots.values())]:
             line.after_fork()
         for slot in self.slots.values():

@@ -18,7 +18,7 @@ from posada.errors import KvmError
 from posada.kvm import cpustructs as cs
 from posada.kvm import numbers
 from posada.kvm.call import call
-from posada.kvm.numbers import Chip, Ioctl
+from posada.kvm.numbers import Chip, Ioctl, MemFlag
 from posada.kvm.structs import ClockData, CpuidHead, DeviceAttr, IrqChip, MemoryRegion
 from posada.kvm.system import System
 from posada.kvm.vcpu import Vcpu
@@ -156,6 +156,8 @@ class Replay:
             )
             for slot, region in enumerate(memory.regions)
         ]
+        registers = [region for region in vm.slots.values() if region.flags & MemFlag.READONLY]
+        self.regions += [Request(Ioctl.SET_USER_MEMORY_REGION, bytearray(region)) for region in registers]
         self.system, self.vm, self.vcpus = system, vm, vcpus
         self.cpus = [CpuState(vcpu) for vcpu in vcpus]
         self.chips = ChipState(vm)
