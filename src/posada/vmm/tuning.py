@@ -69,7 +69,9 @@ class Tuning:
         return {}
 
     def _merge(self, call: Call) -> Result:
-        disk = find_disk(self._machine, call.args["name"]).disk
+        blk = find_disk(self._machine, call.args["name"])
+        blk.quiesce()
+        disk = blk.disk
         count = len(layers_of(disk))
         if count > call.args["layers"]:
             raise EngineError(f"the disk has {count} layers, not {call.args['layers']}")
