@@ -27,7 +27,7 @@ GENERATED = ("src/posada/client/_sync/", "tests/client/_sync/")
 #: Runs under ``python -I -S``: no site-packages; of posada only what is listed.
 _MONITOR = (
     "posada.runtime", "posada.errors", "posada.kvm", "posada.vmm", "posada.proto.cbor", "posada.proto.monitor",
-    "posada.proto.qcow2",
+    "posada.proto.qcow2", "posada.proto.migration",
 )  # fmt: skip
 STDLIB_ONLY = {
     "src/posada/engine/qemu/keeper/": ("posada.runtime", "posada.engine.qemu.keeper"),
