@@ -142,13 +142,14 @@ class Unknown:
 
 ExitData = IoExit | MmioExit | Plain | DebugExit | FailEntry | InternalError | SystemEvent | MsrExit | Unknown
 
-_IO = struct.Struct("<BBHIQ")
+IO_DATA = struct.Struct("<BBHIQ")
+"""kvm_run.io: direction (1: out), size of an item, port, count, where the data starts in kvm_run."""
 _MMIO = struct.Struct("<Q8xIB")
 
 
 def io_exit(run: memoryview) -> IoExit:
     """``run`` is the vcpu's mapped struct kvm_run, whose exit reason is IO."""
-    direction, size, port, count, offset = _IO.unpack_from(run, UNION)
+    direction, size, port, count, offset = IO_DATA.unpack_from(run, UNION)
     return IoExit(direction == 1, port, size, count, run[offset : offset + size * count])
 
 

@@ -38,7 +38,7 @@ from contextlib import contextmanager
 from enum import Enum
 from typing import Protocol
 
-from posada.kvm.exits import ExitData, IoExit, MmioExit, name_of
+from posada.kvm.exits import IO_DATA, UNION, ExitData, MmioExit, name_of
 from posada.kvm.numbers import Exit
 from posada.kvm.vcpu import Vcpu
 
@@ -104,6 +104,7 @@ class VcpuThread:
         self.wanted = Wanted.RUN
         self.held = False
         """It parked because `on_exit` said no; `unpark` clears it."""
+        self._kvm_run = vcpu.kvm_run
         self._pio = pio
         self._mmio = mmio
         self._lock = lock
@@ -243,7 +244,7 @@ class VcpuThread:
         self.exits[reason if reason < MAX_REASON else MAX_REASON] += 1
         if reason == _IO:
             with self._lock:
-                self._port_io(self.vcpu.io_exit())
+                self._port_io()
         elif reason == _MMIO:
             with self._lock:
                 self._memory_io(self.vcpu.mmio_exit())
@@ -253,13 +254,16 @@ class VcpuThread:
             self._trace.append((time.monotonic_ns(), str(self.vcpu.exit())))
         return reason
 
-    def _port_io(self, io: IoExit) -> None:
-        write, port, size, _, data = io
-        for at in range(0, len(data), size):  # string I/O: one after the other at the same port
-            if write:
-                self._pio.write(port, size, int.from_bytes(data[at : at + size], "little"))
+    def _port_io(self) -> None:
+        """`Vcpu.io_exit` says the same more readably; every access of the guest to a serial port passes here."""
+        run = self._kvm_run
+        out, size, port, repeat, at = IO_DATA.unpack_from(run, UNION)
+        for _ in range(repeat):  # string I/O: one after the other at the same port
+            if out:
+                self._pio.write(port, size, run[at] if size == 1 else int.from_bytes(run[at : at + size], "little"))
             else:
-                data[at : at + size] = self._pio.read(port, size).to_bytes(size, "little")
+                run[at : at + size] = self._pio.read(port, size).to_bytes(size, "little")
+            at += size
 
     def _memory_io(self, access: MmioExit) -> None:
         write, address, data = access
