@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from posada.client._sync.vm import VM
     from posada.client._sync.vms import Vms
     from posada.client._sync.waiting import Waiter
-    from posada.engine.base import Usage
+    from posada.engine.base import Inspection, Usage
     from posada.errors import (
         AlreadyExists,
         Busy,
@@ -112,7 +112,7 @@ _HOMES = {
     "posada.client._sync.vm": "VM",
     "posada.client._sync.vms": "Vms",
     "posada.client._sync.waiting": "Waiter",
-    "posada.engine.base": "Usage",
+    "posada.engine.base": "Inspection Usage",
     "posada.errors": (
         "AlreadyExists Busy Cancelled CommandError EngineError EngineGone ForkError GuestError GuestGone "
         "HostError ImageError InUse InvalidState KvmError NotFound PosadaError ProtocolError SpecError "
@@ -139,7 +139,7 @@ __all__ = [
     "VM", "AlreadyExists", "Busy", "Cancelled", "Capabilities", "Check", "CloudInit", "CommandError", "Console",
     "DirEntry", "DirectKernel", "DiskSpec", "EngineError", "EngineGone", "Event", "Events", "ExecOptions",
     "ExecResult", "Feature", "FileInfo", "FileType", "Files", "ForkError", "GuestError", "GuestGone", "Host",
-    "HostError", "Image", "ImageError", "ImageRecord", "Images", "InUse", "InvalidState", "KvmError", "Limits",
+    "HostError", "Image", "ImageError", "ImageRecord", "Images", "InUse", "Inspection", "InvalidState", "KvmError", "Limits",
     "MachineSpec", "NicSpec", "NotFound", "Operation", "OperationRecord", "OperationState", "Operations", "Output",
     "Port", "PortRecord", "PortSpec", "PosadaError", "Process", "Progress", "ProtocolError", "RecoverReport",
     "Snapshot", "SnapshotKind", "SnapshotRecord", "SpecError", "SpecFields", "State", "StateError", "StreamClosed",

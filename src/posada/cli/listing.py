@@ -60,9 +60,10 @@ def _row(record: VmRecord) -> tuple[str, ...]:
 @click.command()
 @vm_argument
 @click.option("--spec", "only_spec", is_flag=True, help="Only its spec, as YAML: what `posada create -f` reads.")
+@click.option("--registers", is_flag=True, help="What its processors do at this instant; it stands still for that.")
 @formatted
 @hosted
-async def info(host: Host, vm: str, only_spec: bool) -> None:
+async def info(host: Host, vm: str, only_spec: bool, registers: bool) -> None:
     """Show all there is to know of a machine."""
     from posada.model.machine import spec_to_yaml
 
@@ -74,8 +75,14 @@ async def info(host: Host, vm: str, only_spec: bool) -> None:
         return
     snapshots = [shapes.snapshot(s.record) for s in found.snapshots]
     usage = await _usage(found) if record.running else None
-    data = {**shapes.vm_in_full(record), "snapshots": snapshots, "usage": usage}
-    output.emit(data, lambda: output.fields(_pairs(record, data)))
+    inside = await _inspect(found, registers) if record.running else None
+    data = {**shapes.vm_in_full(record), "snapshots": snapshots, "usage": usage, "inside": inside}
+
+    def shown() -> str:
+        parts = [output.fields(_pairs(record, data)), *(inside["registers"] if inside else [])]
+        return "\n\n".join(parts)
+
+    output.emit(data, shown)
 
 
 def _pairs(record: VmRecord, data: dict[str, Any]) -> list[tuple[str, str]]:
@@ -105,7 +112,40 @@ def _pairs(record: VmRecord, data: dict[str, Any]) -> list[tuple[str, str]]:
     if usage:
         memory = usage["pss"] if usage["pss"] is not None else usage["rss"]
         rows.append(("uses", f"{usage['cpu_seconds']:.1f} s of processor, {format_size(memory)} of the host's memory"))
+    if data["inside"]:
+        rows += _inside_rows(data["inside"])
     return rows
+
+
+def _inside_rows(inside: dict[str, Any]) -> list[tuple[str, str]]:
+    rows = [("exits", f"vcpu {n}: {_counts(counts)}") for n, counts in enumerate(inside["exits"]) if any(counts.values())]
+    rows += [("device", f"{name}: {_counts(counts)}") for name, counts in inside["devices"].items() if any(counts.values())]
+    if inside["jail"]:
+        rows.append(("jail", ", ".join(inside["jail"])))
+    return rows + [("note", line) for line in inside["notes"].splitlines()[-5:]]
+
+
+def _counts(counts: dict[str, int]) -> str:
+    return ", ".join(f"{name} {n}" for name, n in counts.items() if n)
+
+
+async def _inspect(vm: VM, registers: bool) -> dict[str, Any] | None:
+    """None when it ended meanwhile, or its engine cannot tell and nobody insists on registers."""
+    from posada.errors import PosadaError
+
+    try:
+        inside = await vm.inspect(registers=registers)
+    except PosadaError:
+        if registers:
+            raise
+        return None
+    return {
+        "registers": list(inside.registers),
+        "exits": [dict(counts) for counts in inside.exits],
+        "devices": dict(inside.devices),
+        "jail": list(inside.jail),
+        "notes": inside.notes,
+    }
 
 
 async def _usage(vm: VM) -> dict[str, Any] | None:

@@ -28,6 +28,7 @@ SECTIONS: dict[str, dict[str, str]] = {
     },
     "Branches": {"fork": "branch", "clone": "branch", "snapshot": "snapshot"},
     "Devices": {"resize": "devices", "attach": "devices", "detach": "devices"},
+    "Looking inside": {"debug": "debug"},
     "Images": {"image": "image"},
     "This host": {
         "doctor": "system", "capabilities": "system", "top": "listing", "op": "operation", "events": "operation",

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from posada.errors import HostError
 from posada.model.records import PortRecord
 
 _SCHEMES = {443: "https", 8443: "https", 22: "ssh"}
@@ -59,3 +61,12 @@ def port_table(records: Sequence[PortRecord]) -> Mapping[int, Port]:
     """TCP wins where both protocols are forwarded."""
     ordered = sorted(records, key=lambda record: record.protocol == "tcp")
     return PortTable({record.guest: Port(record) for record in ordered})
+
+
+def listen_tcp(address: str, port: int) -> socket.socket:
+    """A listening socket on this host; port 0: any free one. Raises HostError."""
+    try:
+        return socket.create_server((address, port), backlog=1)
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise HostError(f"cannot listen on {address}:{port}: {reason}", hint="choose another port") from None

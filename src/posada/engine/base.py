@@ -115,6 +115,21 @@ class Usage(msgspec.Struct, frozen=True, kw_only=True):
     pss: int | None = None
 
 
+class Inspection(msgspec.Struct, frozen=True, kw_only=True):
+    """What is inside a running machine, now. Parts that an engine cannot tell are empty."""
+
+    registers: tuple[str, ...] = ()
+    """Each vcpu's registers and the code around its instruction pointer, as text; only if asked for."""
+    exits: tuple[dict[str, int], ...] = ()
+    """How often each vcpu left the guest, by reason."""
+    devices: dict[str, dict[str, int]] = {}
+    """Counters of each device."""
+    jail: tuple[str, ...] = ()
+    """What the process gave up, in words (docs/SECURITY-MODEL.md)."""
+    notes: str = ""
+    """The last odd things it has to tell, a line each."""
+
+
 CONSOLE_LOG_MAX = 1 << 20
 
 
@@ -256,7 +271,17 @@ class Tuner(Protocol):
     async def remove_port(self, running: Running, port: PortRecord) -> None: ...
 
 
-class Engine(Runner, Capturer, Tuner, Protocol):
+class Inspector(Protocol):
+    """An engine that claims INSPECT or DEBUG."""
+
+    async def inspect(self, running: Running, *, registers: bool = False) -> Inspection:
+        """Look into a machine. With ``registers`` it stands still for an instant."""
+
+    async def debug(self, running: Running, listener: int) -> None:
+        """Serve gdb's remote protocol on a listening socket, which stays the caller's; one client at a time."""
+
+
+class Engine(Runner, Capturer, Tuner, Inspector, Protocol):
     """All of it. An engine that lacks a part raises Unsupported (`Capabilities.require`) before anything is done."""
 
 

@@ -26,6 +26,7 @@ from posada.engine.base import (
     CaptureFailed,
     DiskFile,
     Forked,
+    Inspection,
     Launch,
     NewLayer,
     Probe,
@@ -50,11 +51,13 @@ from posada.engine.fake_machine import (
     spawn_body,
     tree_size,
 )
-from posada.errors import EngineGone, PosadaError, Timeout
+from posada.errors import EngineGone, PosadaError, Timeout, Unsupported
 from posada.guest.fake_agent import FakeGuest
 from posada.model.capabilities import Capabilities, Feature, Verdict
 from posada.model.records import PortRecord, Process, Running
 from posada.model.units import GIB
+
+_CANNOT = (Feature.AARCH64, Feature.DEBUG)
 
 
 class FakeEngine:
@@ -75,7 +78,7 @@ class FakeEngine:
             engine=self.name,
             accelerator="fake",
             version="1",
-            features={feature: Verdict(ok=True) for feature in Feature if feature is not Feature.AARCH64},
+            features={feature: Verdict(ok=True) for feature in Feature if feature not in _CANNOT},
             max_cpus=64,
             max_memory=64 * GIB,
         )
@@ -230,6 +233,20 @@ class FakeEngine:
             return Usage(cpu_seconds=0.0, rss=0)
         pages = int(Path(f"/proc/{running.process.pid}/statm").read_text("ascii").split()[1])
         return Usage(cpu_seconds=0.0, rss=pages * os.sysconf("SC_PAGESIZE"))
+
+    # Inspector
+
+    async def inspect(self, running: Running, *, registers: bool = False) -> Inspection:
+        self._mine(running)
+        return Inspection(
+            registers=("rip 0000000000000000",) if registers else (),
+            exits=({"HLT": 1},),
+            devices={"disk:root": {"reads": 0}},
+            jail=("nothing",),
+        )
+
+    async def debug(self, running: Running, listener: int) -> None:
+        raise Unsupported(self.name, str(Feature.DEBUG), hint="there is no guest to debug")
 
     # Capturer
 

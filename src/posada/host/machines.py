@@ -10,10 +10,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from posada.engine.base import Usage
+from posada.engine.base import Inspection, Usage
 from posada.errors import NotFound
 from posada.host.house import House
 from posada.host.process import alive
+from posada.model.capabilities import Feature
 from posada.model.machine import DiskSpec, MachineSpec, PortSpec, validate
 from posada.model.progress import Progress
 from posada.model.records import PortRecord, SnapshotKind, SnapshotRecord, VmRecord
@@ -326,6 +327,22 @@ class Machines:
     def log(self, ref: str) -> Path:
         """The file its console is written to; it may not be there yet."""
         return self._house.paths.log(self._house.find(ref).uuid)
+
+    async def inspect(self, ref: str, *, registers: bool = False) -> Inspection:
+        """What is inside a running machine: counters, and with ``registers`` what its processors do."""
+        vm = self.get(ref)
+        require(vm.name, "inspect", vm.state)
+        engine = self._house.engine(vm.engine)
+        engine.capabilities().require(Feature.INSPECT)
+        return await engine.inspect(self._house.running(vm), registers=registers)
+
+    async def debug(self, ref: str, listener: int) -> None:
+        """Let gdb attach to a running machine through a listening socket, which stays the caller's."""
+        vm = self.get(ref)
+        require(vm.name, "debug", vm.state)
+        engine = self._house.engine(vm.engine)
+        engine.capabilities().require(Feature.DEBUG)
+        await engine.debug(self._house.running(vm), listener)
 
     def usage(self, ref: str) -> Usage:
         """What it uses of the host now; nothing when it does not run."""

@@ -30,6 +30,8 @@ class Feature(str, enum.Enum):
     BALLOON = "memory balloon"
     RESIZE_LIVE = "resizing a running machine"
     NESTED = "nested virtualisation"
+    INSPECT = "registers and counters of a running machine"
+    DEBUG = "debugging a guest with gdb"
     AARCH64 = "aarch64 guests"
 
     def __str__(self) -> str:

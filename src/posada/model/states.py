@@ -73,6 +73,8 @@ VERBS: dict[str, frozenset[State]] = {
     "exec": frozenset({State.RUNNING}),
     "copy": frozenset({State.RUNNING}),
     "console": frozenset({State.RUNNING, State.PAUSED}),
+    "inspect": frozenset({State.RUNNING, State.PAUSED}),
+    "debug": frozenset({State.RUNNING, State.PAUSED}),
     "fork": frozenset({State.RUNNING, State.PAUSED}),
     "snapshot": frozenset({State.RUNNING, State.PAUSED}) | AT_REST,
     "restore": frozenset({State.RUNNING, State.PAUSED}) | AT_REST,

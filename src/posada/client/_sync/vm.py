@@ -23,7 +23,7 @@ from posada.client._exec import (
     spawn_command,
 )
 from posada.client._fields import ExecOptions
-from posada.client._ports import Port, port_table
+from posada.client._ports import Port, listen_tcp, port_table
 from posada.client._runtime import SyncRuntime
 from posada.errors import ForkError, NotFound
 from posada.model.machine import DiskSpec, MachineSpec, PortSpec, parse_port
@@ -33,7 +33,7 @@ from posada.model.states import State
 from posada.model.units import parse_size
 
 if TYPE_CHECKING:
-    from posada.engine.base import Usage
+    from posada.engine.base import Inspection, Usage
     from posada.model.exec import ExecResult
     from posada.model.progress import Progress
 
@@ -335,6 +335,22 @@ class VM:
         """What the console has said so far, then what it says, until the machine does not run any more."""
         for data in self._rt.iterate(follow_log(self._vms, self.uuid)):
             yield data
+
+    def inspect(self, *, registers: bool = False) -> Inspection:
+        """What is inside it: exit counters, its devices' counters, its jail; ``registers``: what its processors do now.
+
+        Raises InvalidState unless it runs, Unsupported.
+        """
+        return self._rt.run(self._vms.inspect(self.uuid, registers=registers))
+
+    def debug(self, port: int = 0, *, address: str = "127.0.0.1") -> int:
+        """Let gdb attach: ``target remote :PORT``. Returns the port; 0 takes any free one. One gdb at a time.
+
+        Whoever reaches that port owns the guest. Raises InvalidState unless it runs, Unsupported, HostError.
+        """
+        with listen_tcp(address, port) as listener:
+            self._rt.run(self._vms.debug(self.uuid, listener.fileno()))
+            return int(listener.getsockname()[1])
 
     def usage(self) -> Usage:
         """What it uses of the host now: processor seconds and bytes of memory."""

@@ -6,7 +6,18 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from posada.engine.base import Capture, DiskFile, Forked, Launch, NewLayer, Probe, SnapshotFiles, Status, Usage
+from posada.engine.base import (
+    Capture,
+    DiskFile,
+    Forked,
+    Inspection,
+    Launch,
+    NewLayer,
+    Probe,
+    SnapshotFiles,
+    Status,
+    Usage,
+)
 from posada.engine.common import cgroups, process
 from posada.engine.common.usage import usage_of
 from posada.engine.kvm import branch, machine, probe, stack, tune
@@ -118,6 +129,12 @@ class KvmEngine:
 
     def usage(self, running: Running) -> Usage:
         return usage_of(running.process)
+
+    async def inspect(self, running: Running, *, registers: bool = False) -> Inspection:
+        return await tune.inspect(running, registers=registers)
+
+    async def debug(self, running: Running, listener: int) -> None:
+        await tune.debug(running, listener)
 
     async def capture(self, running: Running, target: Path, layers: Sequence[NewLayer]) -> Capture:
         return await branch.capture(running, target, layers)

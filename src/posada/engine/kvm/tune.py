@@ -10,13 +10,13 @@ from pathlib import Path
 
 import msgspec
 
-from posada.engine.base import DiskFile
+from posada.engine.base import DiskFile, Inspection
 from posada.engine.common.files import open_file
 from posada.engine.kvm import net
 from posada.engine.kvm.config import Shape, disk_config
 from posada.engine.kvm.control import Session, connect
 from posada.engine.kvm.machine import current, require_alive, write_running
-from posada.errors import EngineError, Unsupported
+from posada.errors import EngineError, EngineGone, Unsupported
 from posada.model.records import PortRecord, Running
 from posada.proto.monitor import Op
 
@@ -107,6 +107,31 @@ async def _forward(
         ports = await net.change(Path(running.runtime).name, mac, running.ports, change(running.ports), give)
     write_running(Path(running.runtime), msgspec.structs.replace(running, ports=ports))
     return ports
+
+
+async def inspect(running: Running, *, registers: bool) -> Inspection:
+    async with session_of(running) as session:
+        info = await session.call(Op.INFO)
+        metrics = await session.call(Op.METRICS)
+        seen = await session.call(Op.REGISTERS) if registers else {"vcpus": []}
+    try:
+        return msgspec.convert(
+            {
+                "registers": seen["vcpus"],
+                "exits": metrics["exits"],
+                "devices": metrics["devices"],
+                "jail": info["jail"],
+                "notes": info["notes"],
+            },
+            Inspection,
+        )
+    except (KeyError, msgspec.ValidationError) as error:
+        raise EngineGone("the monitor speaks nonsense", detail=str(error)) from None
+
+
+async def debug(running: Running, listener: int) -> None:
+    async with session_of(running) as session:
+        await session.call(Op.DEBUG, {"listener": 0}, fds=[listener])
 
 
 @contextlib.asynccontextmanager

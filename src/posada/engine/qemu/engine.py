@@ -7,13 +7,24 @@ import signal
 from collections.abc import Sequence
 from pathlib import Path
 
-from posada.engine.base import Capture, DiskFile, Forked, Launch, NewLayer, Probe, SnapshotFiles, Status, Usage
+from posada.engine.base import (
+    Capture,
+    DiskFile,
+    Forked,
+    Inspection,
+    Launch,
+    NewLayer,
+    Probe,
+    SnapshotFiles,
+    Status,
+    Usage,
+)
 from posada.engine.common.usage import usage_of
 from posada.engine.qemu import capture, cgroups, fork, machine, probe, process, tune
 from posada.engine.qemu.files import clear
 from posada.engine.qemu.layout import AGENT_PORTS, read_layout
 from posada.engine.qemu.machine import NAME, Machine
-from posada.errors import HostError
+from posada.errors import HostError, Unsupported
 from posada.model.capabilities import Capabilities, Feature, Verdict
 from posada.model.machine import MAX_CPUS, MAX_MEMORY
 from posada.model.records import PortRecord, Running
@@ -52,6 +63,7 @@ class QemuEngine:
         denied = {
             Feature.UEFI: Verdict(False, hint="use firmware: direct or bios"),
             Feature.CLOUD_INIT: Verdict(False, hint="set the guest up through exec"),
+            Feature.DEBUG: Verdict(False, hint="use the kvm engine"),
             Feature.AARCH64: Verdict(False, hint="use arch: x86_64"),
         }
         if not facts.nested:
@@ -100,6 +112,12 @@ class QemuEngine:
             (Path(running.runtime) / "kill").touch(0o600)  # tells the keeper that this end was asked for
         process.send(running.process, signal.SIGKILL)
         await self.wait(running, timeout=30)
+
+    async def inspect(self, running: Running, *, registers: bool = False) -> Inspection:
+        return await tune.inspect(running, registers=registers)
+
+    async def debug(self, running: Running, listener: int) -> None:
+        raise Unsupported(NAME, str(Feature.DEBUG), hint="use the kvm engine")
 
     async def capture(self, running: Running, target: Path, layers: Sequence[NewLayer]) -> Capture:
         return await capture.capture(running, target, layers)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from posada.engine.base import DiskFile
+from posada.engine.base import DiskFile, Inspection
 from posada.engine.qemu import disks, merging, ports
 from posada.engine.qemu.argv import device_blk
 from posada.engine.qemu.machine import Machine
@@ -84,3 +84,17 @@ async def add_port(running: Running, port: PortRecord) -> PortRecord:
 async def remove_port(running: Running, port: PortRecord) -> None:
     async with Machine(running).session() as session:
         await ports.remove(session, port)
+
+
+async def inspect(running: Running, *, registers: bool) -> Inspection:
+    """Registers as QEMU's human monitor prints them, and what it counts of disks."""
+    async with Machine(running).session() as session:
+        text = await session.human("info registers -a") if registers else ""
+        stats = {}
+        for entry in await session.execute("query-blockstats", query_nodes=False):
+            name = str(entry.get("qdev", "")).split("/")[-2:-1]
+            counted = {k: v for k, v in entry.get("stats", {}).items() if type(v) is int and v}
+            if name:
+                stats[name[0]] = counted
+    each = text.replace("\r", "").split("\nCPU#")
+    return Inspection(registers=tuple(part.strip() for part in each if part.strip()), devices=stats)
