@@ -118,7 +118,8 @@ class Machine:
         """An eventfd nobody looks at (`posada.vmm.virtio.pages`)."""
         self.layers: tuple[tuple[Run, ...], ...] | None = None
         """What it stands on: the runs of the upper memory files (`posada.vmm.snapshot`). None: on no file."""
-        self._clock: ClockData | None = None
+        self.clock: ClockData | None = None
+        """kvm-clock as it was when the vcpus were stopped, from the first pause on."""
 
     # Its life.
 
@@ -126,7 +127,7 @@ class Machine:
         """Run the vcpus, or let them stand ready. From BUILT."""
         self._go(Verb.START_PAUSED if paused else Verb.START)
         if paused:
-            self._clock = self.vm.get_clock()
+            self.clock = self.vm.get_clock()
         self.vcpus.start(parked=paused)
         self.life.paused(paused)
 
@@ -136,7 +137,7 @@ class Machine:
         self._go(Verb.PAUSE)
         if was is State.RUNNING:
             self.vcpus.quiesce()
-            self._clock = self.vm.get_clock()
+            self.clock = self.vm.get_clock()
             self.life.paused(True)
 
     def resume(self) -> None:
@@ -144,8 +145,8 @@ class Machine:
         was = self.state
         self._go(Verb.RESUME)
         if was is State.PAUSED:
-            if self._clock is not None:
-                self.vm.set_clock(ClockData(clock=self._clock.clock))
+            if self.clock is not None:
+                self.vm.set_clock(ClockData(clock=self.clock.clock))
             for thread in self.vcpus.threads:
                 cpustate.tell_paused(thread.vcpu)
             self.vcpus.resume()
@@ -198,8 +199,8 @@ class Machine:
             "power": self.power.save(),
             "virtio": {name: slot.transport.save() for name, slot in self.slots.items()},
         }
-        if self._clock is not None:
-            document["chips"]["clock"] = int(self._clock.clock)
+        if self.clock is not None:
+            document["chips"]["clock"] = int(self.clock.clock)
         return document
 
     def load(self, document: state.Document) -> None:
