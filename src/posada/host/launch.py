@@ -11,31 +11,21 @@ from pathlib import Path
 import msgspec
 
 from posada.engine.base import Launch
+from posada.engine.registry import needs
 from posada.errors import HostError, SpecError
 from posada.host.bootline import command_line
 from posada.host.house import House
 from posada.host.layers import disk_files
-from posada.model.capabilities import Capabilities, Feature
+from posada.model.capabilities import Capabilities
 from posada.model.machine import MachineSpec, PortSpec
 from posada.model.records import ImageRecord, PortRecord, VmRecord
 from posada.model.units import format_size
 
-_FIRMWARE = {"direct": Feature.DIRECT_BOOT, "bios": Feature.BIOS, "uefi": Feature.UEFI}
-
 
 def check_spec(spec: MachineSpec, can: Capabilities) -> None:
     """Raise Unsupported or SpecError for what the engine cannot do here, before anything is made."""
-    can.require(_FIRMWARE[spec.firmware])
-    if spec.arch == "aarch64":
-        can.require(Feature.AARCH64)
-    if spec.cloud_init is not None:
-        can.require(Feature.CLOUD_INIT)
-    if spec.nested:
-        can.require(Feature.NESTED)
-    if spec.nics:
-        can.require(Feature.USER_NETWORK)
-    if spec.ports:
-        can.require(Feature.PORTS)
+    for feature in needs(spec):
+        can.require(feature)
     if spec.cpus > can.max_cpus:
         raise SpecError("cpus", f"the {can.engine} engine gives at most {can.max_cpus} here")
     if can.max_memory and spec.memory > can.max_memory:
