@@ -121,7 +121,7 @@ ARGUMENTS: dict[Op, dict[str, Check]] = {
     Op.SWITCH: {"layers": _LAYERS},
     Op.CHILD: {"config": _map},
     Op.FORK: {"layers": _LAYERS},
-    Op.RESET: {"keep?": _boolean},
+    Op.RESET: {"pagemap?": _descriptor, "drop?": _boolean},
     Op.ATTACH: {"disk": _map},
     Op.DETACH: {"name": _NAME, "timeout": _seconds},
     Op.RESIZE_DISK: {"name": _NAME, "size": _whole(512, 1 << 62)},
@@ -132,7 +132,7 @@ ARGUMENTS: dict[Op, dict[str, Check]] = {
     Op.REGISTERS: {},
     Op.TRACE: {"limit": _whole(0, 1 << 20)},
     Op.DEBUG: {"listener": _descriptor},
-    Op.MIGRATE: {"fd": _descriptor, "pause": _seconds},
+    Op.MIGRATE: {"fd": _descriptor, "pause": _seconds, "pagemap?": _descriptor},
 }
 
 

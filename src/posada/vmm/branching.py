@@ -11,13 +11,16 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from posada.errors import PosadaError
+from posada.errors import Busy, EngineError
 from posada.proto.monitor import Op
 from posada.vmm.capture import Captured, Files, capture
 from posada.vmm.config import MonitorConfig
 from posada.vmm.control import Call, Child, Given, Handler, Result
 from posada.vmm.fork import Forker
 from posada.vmm.machine import Machine
+from posada.vmm.migrate import Moved, Outgoing
+from posada.vmm.pagemap import PageMap
+from posada.vmm.reset import Point
 from posada.vmm.tuning import find_disk
 
 
@@ -65,9 +68,33 @@ class Branching:
     def __init__(self, machine: Machine) -> None:
         self._machine = machine
         self._forker = Forker(machine)
+        self._point: Point | None = None
+        self._busy = False
 
     def handlers(self) -> dict[Op, Handler]:
-        return {Op.FORK: self._fork, Op.SWITCH: self._switch, Op.CAPTURE: self._capture}
+        work = {
+            Op.FORK: self._fork,
+            Op.SWITCH: self._switch,
+            Op.CAPTURE: self._capture,
+            Op.RESET: self._reset,
+            Op.MIGRATE: self._migrate,
+        }
+        return {op: self._alone(handler) for op, handler in work.items()}
+
+    def _alone(self, handler: Callable[[Call], None]) -> Handler:
+        """One at a time: a child must not inherit another request, nor its descriptors."""
+
+        def handle(call: Call) -> None:
+            if self._busy:
+                raise Busy("the machine is being copied, saved or moved", hint="try again when that is done")
+            self._busy = True
+            try:
+                handler(call)
+            except BaseException:
+                self._busy = False
+                raise
+
+        return handle
 
     def _fork(self, call: Call) -> None:
         children = _configs(call.take_children())
@@ -76,6 +103,7 @@ class Branching:
         def fork() -> Result | None:
             forked = self._forker.fork(children, switch)
             if forked is None:
+                self._busy = False
                 return None  # we are a child
             pids = [{"pid": pid} if isinstance(pid, int) else {"error": str(pid)} for pid in forked.children]
             return {"pause": forked.pause, "children": pids}
@@ -100,6 +128,7 @@ class Branching:
         switch = self._layers(call)
 
         def written(outcome: Captured | Exception) -> None:
+            self._busy = False
             if isinstance(outcome, Captured):
                 call.done({"pause": outcome.pause, "bytes": outcome.bytes})
             else:
@@ -110,6 +139,50 @@ class Branching:
 
         self._later(call, switch, begin)
 
+    def _reset(self, call: Call) -> None:
+        """With a page map: make the point to come back to. Without: come back to it. ``drop``: forget it."""
+        pagemap = PageMap(call.given.take(call.args["pagemap"])) if "pagemap" in call.args else None
+
+        def work() -> Result:
+            if self._point is not None and (pagemap is not None or call.args.get("drop")):
+                self._point.close()
+                self._point = None
+            if pagemap is not None:
+                try:
+                    self._point = Point(self._machine, pagemap)
+                finally:
+                    pagemap.close()
+            elif not call.args.get("drop"):
+                if self._point is None:
+                    raise EngineError("there is no point to reset the machine to", hint="make one first")
+                return {"pages": self._point.reset()}
+            return {}
+
+        self._later(call, Switch(self._machine, []), work)
+
+    def _migrate(self, call: Call) -> None:
+        """To whoever is at the other end of the stream, which must be a monitor that waits for a machine."""
+        stream = call.given.take(call.args["fd"])
+        pages = PageMap(call.given.take(call.args["pagemap"])) if "pagemap" in call.args else None
+
+        def moved(outcome: Moved | Exception) -> None:
+            self._busy = False
+            if isinstance(outcome, Moved):
+                call.done({"pause": outcome.pause, "bytes": outcome.bytes, "rounds": outcome.rounds})
+            else:
+                call.fail(outcome)
+
+        def begin() -> None:
+            try:
+                if self._point is not None:
+                    raise EngineError("a machine with a reset point cannot be migrated", hint="drop the point first")
+                Outgoing(self._machine, stream, call.args["pause"], moved, pages)
+            finally:
+                if pages is not None:
+                    pages.close()
+
+        self._later(call, Switch(self._machine, []), begin)
+
     def _layers(self, call: Call) -> Switch:
         layers = [
             NewLayer(item["disk"], call.given.take(item["top"]), call.given.take(item["frozen"]))
@@ -118,12 +191,16 @@ class Branching:
         return Switch(self._machine, layers)
 
     def _later(self, call: Call, switch: Switch, work: Callable[[], Result | None]) -> None:
+        """Answered now, unless ``work`` returns None: it will answer by itself, or need not."""
+
         def run() -> None:
             try:
                 result = work()
                 if result is not None:
+                    self._busy = False
                     call.done(result)
-            except (PosadaError, OSError) as error:
+            except Exception as error:
+                self._busy = False
                 _fail(call, error, switch)
             finally:
                 switch.close()

@@ -178,8 +178,10 @@ class MonitorConfig:
     control: int = -1
     exit: int = -1
     kernel: int = -1
-    """-1 only for a machine that is restored or forked."""
+    """-1 only for a machine that is restored, forked or migrated."""
     initrd: int = -1
+    incoming: int = -1
+    """A stream on which the machine comes by live migration (`posada.vmm.incoming`)."""
     append: str = ""
     hugepages: bool = False
     generation_id: str = ""
@@ -224,6 +226,7 @@ class MonitorConfig:
             exit=at(self.exit),
             kernel=at(self.kernel),
             initrd=at(self.initrd),
+            incoming=at(self.incoming),
             disks=tuple(replace(disk, chain=tuple((at(fd), kind) for fd, kind in disk.chain)) for disk in self.disks),
             nics=tuple(replace(nic, fd=at(nic.fd)) for nic in self.nics),
             vsock=vsock,
@@ -251,7 +254,9 @@ class MonitorConfig:
     @classmethod
     def from_dict(cls, d: state.Document) -> MonitorConfig:
         """Raises StateError, naming the key that is wrong."""
-        descriptors = {name: state.integer(d, name, -1, MAX_FD, -1) for name in ("control", "exit", "kernel", "initrd")}
+        descriptors = {
+            name: state.integer(d, name, -1, MAX_FD, -1) for name in ("control", "exit", "kernel", "initrd", "incoming")
+        }
         memory = state.integer(d, "memory", 1 << 20, MAX_SIZE)
         if memory % PAGE:
             raise state.StateError("'memory' is not a whole number of pages")

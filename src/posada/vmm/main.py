@@ -22,6 +22,7 @@ from posada.vmm.builder import build
 from posada.vmm.config import MonitorConfig
 from posada.vmm.control import Control
 from posada.vmm.gdb.debugger import Debugging
+from posada.vmm.incoming import Incoming
 from posada.vmm.machine import Machine
 from posada.vmm.tuning import Tuning
 from posada.vmm.verbs import Verbs
@@ -40,12 +41,15 @@ def main(argv: list[str]) -> int:
         if starter >= 0:
             process.daemonize()
             process.announce(starter)
-        machine = make(config)
+        incoming = Incoming(config.incoming) if config.incoming >= 0 else None
+        machine = incoming.receive(config) if incoming else make(config)
         settle(machine)
+        if incoming:
+            incoming.take_over()
     except (PosadaError, OSError, cbor.CborError) as error:
         process.refuse(starter, error)
         return _complain(f"cannot make the machine: {error}", 1)
-    run(machine)
+    run(machine, incoming)
     return 0
 
 
@@ -76,10 +80,12 @@ def read_config(fd: int) -> MonitorConfig:
         return MonitorConfig.from_dict(cbor.decode_map(file.read(MAX_CONFIG + 1)))
 
 
-def run(machine: Machine) -> None:
-    """From the first instruction to the exit record."""
+def run(machine: Machine, incoming: Incoming | None = None) -> None:
+    """From the first instruction, or from where another monitor stopped, to the exit record."""
     restore = machine.config.restore
     machine.start(paused=restore is not None and restore.paused)
+    if incoming:
+        incoming.running()
     machine.life.started()
     try:
         machine.loop.run()

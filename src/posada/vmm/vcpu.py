@@ -174,6 +174,7 @@ class VcpuThread:
     def after_fork(self) -> None:
         """In a forked child, which has no other thread: NEW again, on the vcpu as the child has remade it."""
         self.state, self.wanted, self.held = State.NEW, Wanted.RUN, False
+        self._kvm_run = self.vcpu.kvm_run
         self._changed = threading.Condition(self._lock)
         self._ident = 0
 
