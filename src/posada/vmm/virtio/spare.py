@@ -7,10 +7,11 @@ and one that gets a disk is a disk that grew.
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 
 from posada.errors import EngineError
 from posada.vmm.block.disk import Buffers, Disk
+from posada.vmm.block.file import File
 from posada.vmm.virtio.blk import SECTOR, Blk
 from posada.vmm.virtio.device import SETTLE
 
@@ -22,7 +23,7 @@ class NoDisk:
     readonly = False
     granularity = 4096
 
-    def read(self, offset: int, buffers: Buffers) -> None:
+    def read(self, offset: int, buffers: Buffers, wait: bool = True) -> None:
         raise OSError(errno.ENXIO, "there is no disk")
 
     def write(self, offset: int, buffers: Buffers) -> None:
@@ -30,6 +31,9 @@ class NoDisk:
 
     def flush(self) -> None:
         pass
+
+    def flushing(self) -> Generator[File, None, None]:
+        yield from ()
 
     def discard(self, offset: int, length: int) -> None:
         raise OSError(errno.ENXIO, "there is no disk")
@@ -48,9 +52,6 @@ class NoDisk:
 
     def descriptors(self) -> list[int]:
         return []
-
-    def quiesce(self) -> None:
-        pass
 
     def close(self) -> None:
         pass
@@ -83,6 +84,7 @@ class Bay(Blk):
         before.close()
 
     def _change(self, disk: Disk, seen: Callable[[], object]) -> None:
+        self.quiesce()
         self.disk = disk
         self._capacity = disk.size // SECTOR
         self._seen = seen
