@@ -36,9 +36,10 @@ async def merge(session: Session, disk: DiskFile, keep: int) -> int:
 
 async def _stream(session: Session, nodes: list[str], keep: int, base: str) -> None:
     job = f"merge-{secrets.token_hex(4)}"
-    # The name in the image's header: nobody here follows it, people's tools do.
-    names = {"job_id": job, "device": nodes[-1], "base_node": nodes[keep - 1], "backing_file": base}
-    await session.execute("block-stream", **names)
+    # backing_file is the name in the image's header: nobody here follows it, people's tools do.
+    await session.execute(
+        "block-stream", job_id=job, device=nodes[-1], base_node=nodes[keep - 1], backing_file=base
+    )
     try:
         while True:
             event = await session.next_event("BLOCK_JOB_COMPLETED", "BLOCK_JOB_CANCELLED", timeout=TIMEOUT)
