@@ -145,8 +145,8 @@ def test_a_child_has_nothing_of_its_parents() -> None:
     def own(name: str) -> set[str]:
         return {key for key in reports[name]["keys"] if not key.startswith(("anon_inode:kvm", "anon_inode:[eventpoll"))}
 
-    kvm = {"/dev/kvm"}
-    assert own("parent") & own("child0") == own("parent") & own("child1") == own("child0") & own("child1") == kvm
+    for one, other in (("parent", "child0"), ("parent", "child1"), ("child0", "child1")):
+        assert own(one) & own(other) <= {"/dev/kvm"}
     assert len([key for key in own("child0") if key.startswith("socket")]) == 1
     assert [r["vcpus"] for r in reports.values()] == [1, 1, 1]
 
@@ -172,7 +172,7 @@ def test_a_child_that_cannot_live_says_so() -> None:
         report(who="parent", told=ours.recv(1000).decode())
 
     (parent,) = monitor(body)
-    assert parent["told"].startswith("error PermissionError")  # epoll does not take /dev/null
+    assert "Operation not permitted" in parent["told"]  # epoll does not take /dev/null
 
 
 def test_the_parent_goes_on_when_its_disks_cannot() -> None:
@@ -227,7 +227,7 @@ def test_replayed_state_is_the_saved_state() -> None:
         spin(machine, lambda: counter(machine) > 20)
         machine.pause()
         vcpus = [thread.vcpu for thread in machine.vcpus.threads]
-        replay = Replay(machine.system, machine.vm, vcpus, machine.memory)
+        replay = Replay(machine.system, machine.vm, vcpus)
         replay.record(machine.clock)
         before = [cpustate.save(vcpu) for vcpu in vcpus], vmstate.save(machine.vm)
         replay.play()

@@ -104,6 +104,9 @@ class Branching:
             forked = self._forker.fork(children, switch)
             if forked is None:
                 self._busy = False
+                if self._point is not None:
+                    self._point.forget()
+                    self._point = None
                 return None  # we are a child
             pids = [{"pid": pid} if isinstance(pid, int) else {"error": str(pid)} for pid in forked.children]
             return {"pause": forked.pause, "children": pids}

@@ -53,12 +53,16 @@ class DirtyPages:
 
     def close(self) -> None:
         """Idempotent. Raises KvmError."""
+        if self._regions:
+            self._log(MemFlag(0))
+        self.forget()
+
+    def forget(self) -> None:
+        """`close` in a forked child, whose vm has no log."""
+        self._regions = []
         self._machine.memory.changed = None
         for queue in self._queues():
             queue.written = None
-        if self._regions:
-            self._log(MemFlag(0))
-            self._regions = []
 
     def _log(self, flags: MemFlag) -> None:
         for slot, region in self._regions:

@@ -32,7 +32,6 @@ from posada.vmm.replay import Replay
 from posada.vmm.vcpu import Wanted
 from posada.vmm.virtio.blk import Blk
 
-
 _LET_THEM_RUN = 50e-6
 
 
@@ -117,7 +116,7 @@ class Forker:
                 slot.transport.device.freeze()
         if self._replay is None:
             vcpus = [thread.vcpu for thread in machine.vcpus.threads]
-            self._replay = Replay(machine.system, machine.vm, vcpus, machine.memory)
+            self._replay = Replay(machine.system, machine.vm, vcpus)
         self._replay.record(machine.clock if machine.state is State.PAUSED else None)
 
     def _become(self, me: Child, others: Sequence[Child]) -> None:

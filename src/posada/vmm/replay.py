@@ -25,7 +25,6 @@ from posada.kvm.vcpu import Vcpu
 from posada.kvm.vm import Vm
 from posada.vmm import layout
 from posada.vmm.cpustate import HYPERV_MSRS, MSR_TSC
-from posada.vmm.memory import GuestMemory
 
 _GENU = int.from_bytes(b"Genu", "little")  # "GenuineIntel", CPUID leaf 0, EBX first
 
@@ -144,29 +143,29 @@ class ChipState:
             call(vm.fd, number, argument)
 
 
+def _slot(region: MemoryRegion) -> bytearray:
+    """Without its dirty log: who tracks is the parent."""
+    copy = MemoryRegion.from_buffer_copy(region)
+    copy.flags &= ~MemFlag.LOG_DIRTY_PAGES
+    return bytearray(copy)
+
+
 class Replay:
     """All of it, of one machine."""
 
-    def __init__(self, system: System, vm: Vm, vcpus: Sequence[Vcpu], memory: GuestMemory) -> None:
+    def __init__(self, system: System, vm: Vm, vcpus: Sequence[Vcpu]) -> None:
         """While all vcpus stand still. Raises KvmError."""
-        self.regions = [
-            Request(
-                Ioctl.SET_USER_MEMORY_REGION,
-                bytearray(MemoryRegion(slot, 0, region.base, region.size, region.address)),
-            )
-            for slot, region in enumerate(memory.regions)
-        ]
-        registers = [region for region in vm.slots.values() if region.flags & MemFlag.READONLY]
-        self.regions += [Request(Ioctl.SET_USER_MEMORY_REGION, bytearray(region)) for region in registers]
         self.system, self.vm, self.vcpus = system, vm, vcpus
         self.cpus = [CpuState(vcpu) for vcpu in vcpus]
         self.chips = ChipState(vm)
+        self._slots: list[Request] = []
 
     def record(self, clock: ClockData | None = None) -> None:
         """While all vcpus stand still, since when kvm-clock was ``clock``. Raises KvmError."""
         for cpu, vcpu in zip(self.cpus, self.vcpus, strict=True):
             cpu.record(vcpu)
         self.chips.record(self.vm, clock)
+        self._slots = [Request(Ioctl.SET_USER_MEMORY_REGION, _slot(region)) for region in self.vm.slots.values()]
 
     def put_back(self) -> None:
         """What was recorded last, into the same vm. While all vcpus stand still. Raises KvmError."""
@@ -178,7 +177,7 @@ class Replay:
         """In a forked child: make a vm of this process, as `posada.vmm.builder.wire` does. Raises KvmError."""
         vm = self.vm
         vm.after_fork(call(self.system.fd, Ioctl.CREATE_VM))
-        for number, argument in self.regions:
+        for number, argument in self._slots:
             call(vm.fd, number, argument)
         if self.cpus[0].is_intel:  # AMD's half of KVM ignores both
             vm.set_identity_map_addr(layout.IDENTITY_MAP)

@@ -45,9 +45,8 @@ class Point:
                 if machine.layers is not None
                 else None
             )
-            self._replay = Replay(
-                machine.system, machine.vm, [thread.vcpu for thread in machine.vcpus.threads], machine.memory
-            )
+            vcpus = [thread.vcpu for thread in machine.vcpus.threads]
+            self._replay = Replay(machine.system, machine.vm, vcpus)
             self._replay.record()
             self._devices = {name: slot.transport.save() for name, slot in machine.slots.items()}
             self._legacy = self._save_legacy()
@@ -89,6 +88,10 @@ class Point:
         """The machine goes on from where it is. Idempotent. Raises KvmError."""
         with self._machine.loop.lock, self._machine.vcpus.quiesced():
             self._dirty.close()
+
+    def forget(self) -> None:
+        """`close` in a forked child: the point is its parent's."""
+        self._dirty.forget()
 
     def _put_back_pages(self, pages: list[int]) -> None:
         ram, copy, own = self._ram, self._copy, self._own
