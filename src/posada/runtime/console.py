@@ -165,13 +165,14 @@ class Console:
         self._watcher, self._log, self._typed = watcher, log, typed
         self.recent = Recent(RECENT)
         self._clients: dict[int, Client] = {}
-        self._listener = listener
-        self._listen()
+        self._listener: _socket.socket | None = None
+        self._listen(listener)
 
-    def _listen(self) -> None:
-        if self._listener >= 0:
-            os.set_blocking(self._listener, False)
-            self._watcher.watch(self._listener, self._accept)
+    def _listen(self, listener: int) -> None:
+        if listener >= 0:
+            self._listener = _socket.socket(fileno=listener)
+            self._listener.setblocking(False)
+            self._watcher.watch(listener, self._accept)
 
     def output(self, data: bytes) -> None:
         """The guest said something."""
@@ -190,13 +191,16 @@ class Console:
     def reopen(self, listener: int, log: Log) -> None:
         """In a forked child: its own listener and log. The clients are the parent's; the recent output is both's."""
         self._log.close()
-        for fd in [*self._clients, self._listener]:
-            if fd >= 0:
-                self._watcher.unwatch(fd)
-                os.close(fd)
+        for fd in self._clients:
+            self._watcher.unwatch(fd)
+            os.close(fd)
         self._clients.clear()
-        self._listener, self._log = listener, log
-        self._listen()
+        if self._listener is not None:
+            self._watcher.unwatch(self._listener.fileno())
+            self._listener.close()
+            self._listener = None
+        self._log = log
+        self._listen(listener)
 
     def _settle(self, client: Client, keep: bool) -> None:
         if keep:
@@ -208,7 +212,7 @@ class Console:
 
     def _accept(self, _: int) -> None:
         try:
-            fd, _address = _socket.socket(fileno=os.dup(self._listener))._accept()  # type: ignore[attr-defined]
+            fd, _address = self._listener._accept()  # type: ignore[union-attr]
         except OSError:
             return
         if len(self._clients) >= MAX_CLIENTS:

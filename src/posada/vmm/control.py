@@ -122,25 +122,26 @@ class Control:
         handlers: Mapping[Op, Handler],
         note: Callable[[str], object] = lambda _: None,
     ) -> None:
-        self._loop, self._listener, self._note = loop, -1, note
+        self._loop, self._note = loop, note
+        self._listener: _socket.socket | None = None
         self._handlers = {**handlers, Op.CHILD: self._child}
         self._clients: set[_Client] = set()
         self._listen(listener)
 
     def _listen(self, listener: int) -> None:
-        self._listener = listener
         if listener >= 0:
-            os.set_blocking(listener, False)
+            self._listener = _socket.socket(fileno=listener)
+            self._listener.setblocking(False)
             self._loop.watch(listener, self._accept)
 
     def close(self) -> None:
         """Idempotent."""
         for client in list(self._clients):
             self._drop(client)
-        if self._listener >= 0:
-            self._loop.unwatch(self._listener)
-            os.close(self._listener)
-            self._listener = -1
+        if self._listener is not None:
+            self._loop.unwatch(self._listener.fileno())
+            self._listener.close()
+            self._listener = None
 
     def after_fork(self, listener: int) -> None:
         """In a forked child: the parent's clients, and what they gave for other children, are not ours."""
@@ -149,7 +150,7 @@ class Control:
 
     def _accept(self, _: int) -> None:
         try:
-            fd, _address = _socket.socket(fileno=os.dup(self._listener))._accept()  # type: ignore[attr-defined]
+            fd, _address = self._listener._accept()  # type: ignore[union-attr]
         except OSError:
             return
         if len(self._clients) >= MAX_CLIENTS:
