@@ -86,7 +86,8 @@ async def _follow(machines: Machines, vm: str) -> AsyncIterator[bytes]:
     try:
         while True:
             last = ended.done()
-            if _inode(path) != inode:  # rotated: the rest of the old one, then the new one from its beginning
+            if _inode(path) != inode or _size(path) < start:
+                # Rotated, by name or by copy: the rest of the old one, then the new one from its beginning.
                 yield _from(path.with_name(path.name + ".1"), start)
                 inode, start = _inode(path), 0
             data = _from(path, start)
@@ -106,6 +107,13 @@ def _inode(path: Path) -> int | None:
         return path.stat().st_ino
     except FileNotFoundError:
         return None
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0
 
 
 def _from(path: Path, start: int) -> bytes:
