@@ -172,7 +172,7 @@ def test_a_child_that_cannot_live_says_so() -> None:
         report(who="parent", told=ours.recv(1000).decode())
 
     (parent,) = monitor(body)
-    assert "Operation not permitted" in parent["told"]  # epoll does not take /dev/null
+    assert parent["told"].startswith("error HostError")
 
 
 def test_the_parent_goes_on_when_its_disks_cannot() -> None:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 from posada.errors import EngineError, HostError
 from posada.vmm import memfile
+from posada.vmm.fork import freeze
 from posada.vmm.machine import Machine, State
 from posada.vmm.memfile import MAX_LAYERS, MAX_RUNS
 from posada.vmm.pagemap import PageMap, Run, coalesce, total
@@ -67,14 +68,14 @@ def capture(
     reader = writer = -1
     try:
         machine.pause()
-        for slot in machine.slots.values():
-            if isinstance(slot.transport.device, Blk):
-                slot.transport.device.freeze()
         some = _pages(machine, files)
         layers = machine.layers if machine.layers is not None and not files.complete else None
         document = Document(machine.memory.size, () if layers is None else (*layers, tuple(some)), machine.save())
         frozen = _disks(machine)
-        switch()
+        try:
+            freeze(machine)
+        finally:
+            switch()  # also after a failure: a disk that is frozen takes no write
         reader, writer = os.pipe2(os.O_CLOEXEC)
         if not os.fork():
             _write(machine, files, document, some, frozen, writer)

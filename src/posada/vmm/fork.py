@@ -89,12 +89,15 @@ class Forker:
             machine.vcpus.quiesce()
             try:
                 self._still()
-                for index in range(len(children)):
-                    if not _fork(pids):
-                        me = index
-                        break
-                if me is None:
-                    switch()
+                try:
+                    freeze(machine)
+                    for index in range(len(children)):
+                        if not _fork(pids):
+                            me = index
+                            break
+                finally:
+                    if me is None:
+                        switch()  # also after a failure: a disk that is frozen takes no write
             finally:
                 if me is None:
                     for thread in running:
@@ -112,8 +115,6 @@ class Forker:
         machine = self._machine
         for slot in machine.slots.values():
             slot.transport.device.quiesce()
-            if isinstance(slot.transport.device, Blk):
-                slot.transport.device.freeze()
         if self._replay is None:
             vcpus = [thread.vcpu for thread in machine.vcpus.threads]
             self._replay = Replay(machine.system, machine.vm, vcpus)
@@ -144,6 +145,13 @@ class Forker:
             thread.start()
         # A thread that only wakes up never wins the interpreter's lock against one that gives it up for microseconds.
         time.sleep(_LET_THEM_RUN)
+
+
+def freeze(machine: Machine) -> None:
+    """The disks' files are complete, and stay as they are: what comes goes to new layers. Raises OSError, ImageError."""
+    for slot in machine.slots.values():
+        if isinstance(slot.transport.device, Blk):
+            slot.transport.device.freeze()
 
 
 def _fork(pids: list[int | OSError]) -> bool:
