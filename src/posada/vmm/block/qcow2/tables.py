@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable
+from functools import cache
 
 from posada.vmm.block.qcow2.image import COPIED, OFFSET, Image, from_big, to_big
 from posada.vmm.block.qcow2.refcounts import Refcounts
@@ -35,6 +36,12 @@ class Table:
             self.low, self.high = min(self.low, slot), max(self.high, slot + count)
 
 
+@cache
+def _zeros(slots: int) -> array[int]:
+    """Shared by all images, and never changed: making 64 KiB takes longer than all else in opening an overlay."""
+    return array("Q", bytes(slots * 8))
+
+
 class Tables:
     """The tables of one image."""
 
@@ -42,7 +49,7 @@ class Tables:
         """``retire(cluster, count)`` is called for tables that are not referred to any more."""
         self.image = image
         self.slots = image.cluster // 8
-        self.empty = Table(0, array("Q", bytes(image.cluster)), True)
+        self.empty = Table(0, _zeros(self.slots), True)
         """Stands for every table that is not there."""
         self.cache: dict[int, Table] = {}
         """By index in L1."""
