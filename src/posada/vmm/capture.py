@@ -71,14 +71,14 @@ def capture(
         some = _pages(machine, files)
         layers = machine.layers if machine.layers is not None and not files.complete else None
         document = Document(machine.memory.size, () if layers is None else (*layers, tuple(some)), machine.save())
-        frozen = _disks(machine)
         try:
             freeze(machine)
         finally:
             switch()  # also after a failure: a disk that is frozen takes no write
+        disks = _disks(machine)
         reader, writer = os.pipe2(os.O_CLOEXEC)
         if not os.fork():
-            _write(machine, files, document, some, frozen, writer)
+            _write(machine, files, document, some, disks, writer)
     except BaseException:
         for fd in {reader, writer} - {-1}:
             os.close(fd)
@@ -115,17 +115,18 @@ def _pages(machine: Machine, files: Files) -> list[Run]:
 
 
 def _disks(machine: Machine) -> list[int]:
+    """What must be durable with the snapshot: frozen layers, and the new ones that say what they stand on."""
     devices = [slot.transport.device for slot in machine.slots.values()]
-    return [fd for device in devices if isinstance(device, Blk) for fd in device.disk.descriptors()[-1:]]
+    return [fd for device in devices if isinstance(device, Blk) for fd in device.disk.descriptors()]
 
 
 def _write(
-    machine: Machine, files: Files, document: Document, some: Sequence[Run], frozen: Sequence[int], writer: int
+    machine: Machine, files: Files, document: Document, some: Sequence[Run], disks: Sequence[int], writer: int
 ) -> None:
     """In the copy. Does not return."""
     try:
         parent = os.getppid()
-        _close_all_but({files.memory, files.devices, writer, *frozen})
+        _close_all_but({files.memory, files.devices, writer, *disks})
 
         def check() -> None:
             if os.getppid() != parent:
@@ -133,7 +134,7 @@ def _write(
 
         memfile.write(files.memory, machine.memory, some, check)
         document.write(files.devices)
-        for fd in (files.memory, files.devices, *frozen):
+        for fd in (files.memory, files.devices, *disks):
             os.fsync(fd)
         message = _DONE
     except BaseException as error:
