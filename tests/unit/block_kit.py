@@ -17,6 +17,8 @@ from posada.vmm.block.disk import Disk
 needs_qemu_img = pytest.mark.skipif(shutil.which("qemu-img") is None, reason="qemu-img is not installed")
 
 KIB, MIB = 1 << 10, 1 << 20
+SIZE = 4 * MIB
+"""Of the disks of most tests."""
 
 
 def qemu_img(*args: str | Path) -> str:
@@ -78,3 +80,17 @@ def content(path: Path) -> bytes:
 def pattern(length: int, seed: int) -> bytes:
     """Bytes that differ from place to place and from seed to seed."""
     return b"".join((seed << 32 | n).to_bytes(8, "little") for n in range(-(-length // 8)))[:length]
+
+
+def make_base(folder: Path) -> Path:
+    """A raw disk, shorter than the disks that stand on it."""
+    path = folder / "base.raw"
+    path.write_bytes(pattern(3 * MIB, 1))
+    return path
+
+
+def create(path: Path, options: str = "cluster_size=64k", backing: Path | None = None, size: int = SIZE) -> Path:
+    kind = "" if backing is None else "qcow2" if backing.suffix == ".qcow2" else "raw"
+    below: list[str | Path] = [] if backing is None else ["-b", backing, "-F", kind]
+    qemu_img("create", "-q", "-f", "qcow2", "-o", options, *below, path, str(size))
+    return path
