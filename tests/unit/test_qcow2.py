@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import struct
 import subprocess
@@ -163,6 +164,9 @@ LIES = {
     "L1 table unaligned": (40, ">Q", 3 * 65536 + 8, "L1 table lies outside"),
     "refcount table outside": (48, ">Q", 1 << 40, "refcount table lies outside"),
     "no refcount table": (56, ">I", 0, "no refcount table"),
+    "huge refcount table": (56, ">I", 4096, "refcount table of 256MiB"),
+    "compression unannounced": (72, ">Q", 8, "compression type 0"),
+    "too many snapshots": (60, ">I", 1 << 20, "1048576 snapshots"),
     "snapshots outside": (60, ">I", 5, "snapshot table"),
     "unknown feature": (72, ">Q", 1 << 20, "features that are not known"),
     "corrupt bit": (72, ">Q", 2, "marked as corrupt"),
@@ -193,6 +197,16 @@ def test_a_truncated_image_is_refused(tmp_path: Path, length: int) -> None:
         file.truncate(length)
     with pytest.raises(ImageError):
         qcow2.inspect(path)
+
+
+def test_an_overlay_may_be_made_durable_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[int] = []
+    monkeypatch.setattr(os, "fsync", synced.append)
+    for number, durable in enumerate((False, True)):
+        path = tmp_path / str(number)
+        qcow2.create_overlay(path, size=MIB, backing=tmp_path / "base", backing_format="raw", durable=durable)
+        assert len(synced) == number
+        assert qcow2.inspect(path).size == MIB
 
 
 def test_a_missing_file_is_an_image_error_with_its_name(tmp_path: Path) -> None:
