@@ -30,6 +30,8 @@ class Deadlines:
     ) -> None:
         self._end = None if lifetime is None else time.monotonic() + lifetime
         self._idle, self._activity, self._expired = idle, activity, expired
+        self._since = 0.0
+        """When it was last told that the machine was idle for too long."""
         self._repeat = repeat
         """The machine goes on (it is paused): idle time counts afresh, so that a resumed one gets all of it."""
 
@@ -47,16 +49,15 @@ class Deadlines:
             self._end = None
             self._expired(LIFETIME_OVER)
         elif self._idle is not None and self._idle_left(self._idle) <= 0:
-            if self._repeat:
-                os.utime(self._activity)
-            else:
+            self._since = time.time()
+            if not self._repeat:
                 self._idle = None
             self._expired(IDLE_TOO_LONG)
 
     def _idle_left(self, idle: float) -> float:
         """A clock that jumped back counts as activity."""
         try:
-            passed = time.time() - os.stat(self._activity).st_mtime
+            passed = time.time() - max(os.stat(self._activity).st_mtime, self._since)
         except OSError:
             passed = 0.0
         return min(idle, idle - passed) if passed >= 0 else idle

@@ -26,14 +26,18 @@ from posada.engine.kvm import config, machine, net, stack
 from posada.engine.kvm.control import Session, connect
 from posada.engine.kvm.files import Descriptors, clear
 from posada.engine.kvm.spawn import Newborn, inherit, limits
-from posada.errors import EngineError, PosadaError
-from posada.model.records import PortRecord, Running
+from posada.errors import EngineError, EngineGone, PosadaError
+from posada.model.records import Running
 from posada.proto.monitor import Op
 from posada.storage import qcow2
 from posada.vmm.config import RestoreConfig
 
 #: Seconds for what moves memory: a capture writes it to disk.
 LONG = 600.0
+#: Seconds for what happens in a pause.
+PAUSE = 60.0
+#: Each is a process that starts.
+_NETWORKS_AT_ONCE = 8
 
 _joining: set[asyncio.Future[None]] = set()
 
@@ -71,7 +75,7 @@ async def switch(running: Running, layers: Sequence[NewLayer]) -> float:
     machine.require_alive(running)
     async with connect(Path(running.runtime)) as session:
         with Layers(layers) as new:
-            done = await _paused(session.call(Op.SWITCH, {"layers": new.words}, fds=new.fds, timeout=LONG))
+            done = await _paused(session.call(Op.SWITCH, {"layers": new.words}, fds=new.fds, timeout=PAUSE))
     return float(done["pause"])
 
 
@@ -136,38 +140,52 @@ async def _restore_one(
 
 
 class _Child:
-    """One machine on its way out of a fork."""
+    """One machine on its way out of a fork: `connect`, `give`, and after the fork `live`. What fails is its own failure."""
 
     def __init__(self, launch: Launch) -> None:
         self.launch = launch
+        self.failure: Exception | None = None
         self.newborn: Newborn | None = None
-        self.ports: tuple[PortRecord, ...] = ()
+        self.network = net.Network()
         self.private: dict[str, Any] = {}
 
+    async def connect(self, gate: asyncio.Semaphore) -> None:
+        """Its network, which takes longer than all the rest."""
+        async with gate:
+            try:
+                machine.check(self.launch)
+                self.network = await net.connect(self.launch)
+            except (PosadaError, OSError) as error:
+                self.failure = error
+
     async def give(self, session: Session, source: Running) -> None:
-        """Send what it gets. On failure nothing is left."""
-        machine.check(self.launch)
-        network = await net.connect(self.launch)
+        """Send what it gets. Raises EngineGone: then nothing works any more."""
+        if self.failure is not None:
+            return
         try:
-            self.ports = network.ports
             clear(self.launch.runtime)
-            count = stack.inherited(source, self.launch)
-            with Descriptors(self.launch, network.take()) as files:
-                shape, uid = config.Shape.from_private(source.private), jail_uid(self.launch.uuid)
+            count = await in_thread(stack.inherited, source, self.launch) if source.private.get("files") else 0
+            shape = config.Shape.from_private(source.private)
+            self.private = {**stack.private(self.launch, count), **shape.to_private()}
+            with Descriptors(self.launch, self.network.take()) as files:
+                uid = jail_uid(self.launch.uuid)
                 document = config.forked(self.launch, files.sent, cid=machine.new_cid(), uid=uid, shape=shape)
-                self.private = {**stack.private(self.launch, count), **shape.to_private()}
-                await session.send(Op.CHILD, {"config": document.to_dict()}, fds=files.given)
+                await session.call(Op.CHILD, {"config": document.to_dict()}, fds=files.given)
                 self.newborn = Newborn(files.connection())
+        except EngineGone:
+            raise
+        except (PosadaError, OSError) as error:
+            self.failure = error
         finally:
-            await network.abandon()
+            await self.network.abandon()
 
     async def live(self) -> Running:
         """Wait until it runs, record it, let go of it. On failure nothing is left of it."""
-        if self.newborn is None:
-            raise EngineError("the child was given nothing")
         try:
+            if self.failure is not None or self.newborn is None:
+                raise self.failure or EngineError("the child was given nothing")
             found = await self.newborn.born()
-            running = machine.record(self.launch, found, self.ports, self.private)
+            running = machine.record(self.launch, found, self.network.ports, self.private)
             machine.write_running(self.launch.runtime, running)
             self.newborn.commit()
         except BaseException:
@@ -180,6 +198,8 @@ class _Child:
         return running
 
     async def abandon(self) -> None:
+        """Nothing of it is left. Idempotent."""
+        await self.network.abandon()
         if self.newborn is not None:
             await self.newborn.abandon()
         stack.forget(self.launch)
@@ -195,27 +215,24 @@ async def fork(running: Running, children: Sequence[Launch], layers: Sequence[Ne
     running = machine.current(running)
     some = [_Child(launch) for launch in children]
     try:
+        gate = asyncio.Semaphore(_NETWORKS_AT_ONCE)
+        await asyncio.gather(*(child.connect(gate) for child in some))
         async with connect(Path(running.runtime)) as session:
+            for child in some:
+                await child.give(session, running)
             with Layers(layers) as new:
-                for child in some:
-                    await child.give(session, running)
-                    await session.answer(Op.CHILD)
-                forked = await _paused(session.call(Op.FORK, {"layers": new.words}, fds=new.fds, timeout=LONG))
+                forked = await _paused(session.call(Op.FORK, {"layers": new.words}, fds=new.fds, timeout=PAUSE))
+        # Those that were given something, in order: the others failed before.
+        for child, told in zip([c for c in some if c.failure is None], forked["children"], strict=True):
+            if "error" in told:
+                child.failure = EngineError("the monitor could not be forked", detail=str(told["error"]))
         outcomes = await asyncio.gather(*(child.live() for child in some), return_exceptions=True)
     except BaseException as error:
         await asyncio.gather(*(child.abandon() for child in some), return_exceptions=True)
         if isinstance(error, (PosadaError, OSError)):
             raise CaptureFailed(str(error), switched=()) from error
         raise
-    told = [_told(entry, outcome) for entry, outcome in zip(forked["children"], outcomes, strict=True)]
-    return Forked(children=tuple(told), pause=float(forked["pause"]))
-
-
-def _told(entry: dict[str, Any], outcome: Running | BaseException) -> Running | Exception:
-    """A child that could not be forked at all never said why."""
-    if isinstance(outcome, BaseException) and "error" in entry:
-        return EngineError("the monitor could not be forked", detail=str(entry["error"]))
-    return _outcome(outcome)
+    return Forked(children=tuple(map(_outcome, outcomes)), pause=float(forked["pause"]))
 
 
 def _outcome(outcome: Running | BaseException) -> Running | Exception:
