@@ -19,7 +19,7 @@ from kvm_engine_kit import ME, Console, Kit, count, needs_kvm, say
 
 from posada.engine.base import CaptureFailed, DiskFile, Launch, NewLayer, SnapshotFiles
 from posada.engine.common import process
-from posada.engine.kvm import machine, probe
+from posada.engine.kvm import machine, probe, stack
 from posada.engine.kvm.control import connect
 from posada.engine.kvm.engine import KvmEngine
 from posada.errors import EngineError, EngineGone, HostError, ImageError, Unsupported
@@ -490,6 +490,31 @@ async def test_a_snapshot_and_machines_from_it(inn: Inn, tmp_path: Path) -> None
     assert await counted(outcome) == 5
     (kid,) = await inn.fork(outcome)
     assert await counted(kid, b"+") == 6
+
+
+async def test_a_deep_stack_of_memory_files_is_laid_into_one(
+    inn: Inn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stack, "DEEP", 2)
+    running, counts = await inn.start(), []
+    for n in range(4):
+        assert await counted(running, b"+") == n + 1
+        target = tmp_path / f"point{n}"
+        target.mkdir()
+        captured = await inn.engine.capture(running, target, [])
+        counts.append(captured.private["files"])
+        await inn.engine.kill(running)
+        launch = inn.launch()
+        inn.launches.append(launch)
+        files = SnapshotFiles(path=target, memory=64 * MIB, private=captured.private)
+        (outcome,) = await inn.engine.restore([launch], files)
+        assert isinstance(outcome, Running), outcome
+        inn.running.append(outcome)
+        running = outcome
+        for path in target.iterdir():
+            path.unlink()
+    assert counts == [1, 2, 1, 2]
+    assert await counted(running) == 4
 
 
 async def test_a_damaged_snapshot_is_refused(inn: Inn, tmp_path: Path) -> None:

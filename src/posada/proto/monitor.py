@@ -117,7 +117,7 @@ ARGUMENTS: dict[Op, dict[str, Check]] = {
     Op.POWERDOWN: {},
     Op.QUIT: {"reason?": _text(256)},
     Op.DISOWN: {},
-    Op.CAPTURE: {"memory": _descriptor, "devices": _descriptor, "pagemap": _descriptor, "layers": _LAYERS},
+    Op.CAPTURE: {"memory": _descriptor, "devices": _descriptor, "pagemap": _descriptor, "layers": _LAYERS, "complete?": _boolean},
     Op.SWITCH: {"layers": _LAYERS},
     Op.CHILD: {"config": _map},
     Op.FORK: {"layers": _LAYERS},

@@ -138,7 +138,8 @@ class Branching:
                 _fail(call, outcome, switch)
 
         def begin() -> None:
-            capture(self._machine, Files(memory, devices, pagemap), written, switch)
+            complete = bool(call.args.get("complete", False))
+            capture(self._machine, Files(memory, devices, pagemap, complete), written, switch)
 
         self._later(call, switch, begin)
 

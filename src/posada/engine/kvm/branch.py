@@ -91,7 +91,7 @@ async def capture(running: Running, target: Path, layers: Sequence[NewLayer]) ->
     with files:
         async with connect(runtime) as session:
             with Layers(layers, files.fds) as new:
-                args = {"memory": 0, "devices": 1, "pagemap": 2, "layers": new.words}
+                args = {"memory": 0, "devices": 1, "pagemap": 2, "layers": new.words, "complete": files.complete}
                 done = await _paused(session.call(Op.CAPTURE, args, fds=new.fds, timeout=LONG))
         try:
             await in_thread(files.finish)

@@ -3,6 +3,9 @@
 A machine that was restored maps its snapshot's files for as long as it lives, and its forks do too. Snapshots may be
 deleted meanwhile; so each such machine has links to its files in ``memory`` beside its log, from which its own snapshots
 get theirs. Links cost nothing; where the file system has none, files are copied.
+
+Stacks grow by one file with each snapshot of a machine that was restored. One that is `DEEP` is laid into a single file for
+the next snapshot.
 """
 
 from __future__ import annotations
@@ -11,15 +14,18 @@ import contextlib
 import errno
 import os
 import shutil
+import threading
 from pathlib import Path
 from typing import Any
 
 from posada.engine.base import Launch, SnapshotFiles
 from posada.errors import EngineError, HostError
 from posada.model.records import Running
+from posada.storage import sparse
 from posada.vmm.memfile import MAX_LAYERS
 
 DEVICES = "devices"
+DEEP = MAX_LAYERS - 1
 _KEPT = "memory"
 
 
@@ -43,15 +49,17 @@ def folder(log: Path) -> Path:
 class Files(contextlib.ExitStack):
     """A snapshot that is being made. ``fds``: memory, devices, and the page map of the machine."""
 
-    def __init__(self, target: Path, below: int, pid: int) -> None:
+    def __init__(self, target: Path, below: int, pid: int, *, complete: bool = False) -> None:
         super().__init__()
         self.count = below + 1
+        self.complete = complete
+        """The memory file is there already, with all that the machine stands on in it."""
         self._target = target
         new = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
         self.fds: list[int] = []
         with contextlib.ExitStack() as undo:
             for path, flags in (
-                (target / name(below), new),
+                (target / name(below), new & ~os.O_EXCL if complete else new),
                 (target / DEVICES, new),
                 (Path(f"/proc/{pid}/pagemap"), os.O_RDONLY | os.O_CLOEXEC),
             ):
@@ -73,15 +81,45 @@ class Files(contextlib.ExitStack):
 def begin(running: Running, target: Path) -> Files:
     """The files of a new snapshot in an empty directory: links to what the machine stands on, and new ones."""
     below = int(running.private.get("files", 0))
-    if below >= MAX_LAYERS:
-        raise EngineError(
-            f"the machine stands on {below} memory files, and more are not possible",
-            hint="restart it, or fork it: take the snapshot of a machine that was restored less often",
-        )
     kept = Path(str(running.private.get("kept", "")))
+    if below >= DEEP:
+        flatten(kept, below, target / name(0))
+        return Files(target, 0, running.process.pid, complete=True)
     for index in range(below):
         link(kept / name(index), target / name(index))
     return Files(target, below, running.process.pid)
+
+
+def flatten(kept: Path, files: int, target: Path) -> None:
+    """A new file that reads as the whole stack does. Raises HostError, StateError."""
+    from posada.vmm.snapshot import Document
+
+    try:
+        with open(kept / DEVICES, "rb") as file:
+            layers = Document.read(file.fileno()).layers
+        duplicate(kept / name(0), target)
+        with open(target, "r+b", buffering=0) as whole:
+            for index, runs in enumerate(layers[: files - 1], 1):
+                with open(kept / name(index), "rb", buffering=0) as upper:
+                    for offset, length in runs:
+                        _copy(upper.fileno(), whole.fileno(), offset, length)
+    except OSError as error:
+        raise HostError(f"cannot lay the machine's memory files into one: {error.strerror}") from error
+
+
+def duplicate(source: Path, target: Path) -> None:
+    """A copy with its holes, blocks shared where the file system can. Raises OSError."""
+    with open(source, "rb", buffering=0) as old, open(target, "xb", buffering=0) as new:
+        sparse.copy(old.fileno(), new.fileno(), os.fstat(old.fileno()).st_size, stop=threading.Event())
+
+
+def _copy(source: int, target: int, offset: int, length: int) -> None:
+    end = offset + length
+    while offset < end:
+        done = os.copy_file_range(source, target, end - offset, offset, offset)
+        if not done:
+            raise HostError("a memory file of the machine was cut short")
+        offset += done
 
 
 def keep(launch: Launch, snapshot: SnapshotFiles, files: int) -> list[Path]:
@@ -91,6 +129,7 @@ def keep(launch: Launch, snapshot: SnapshotFiles, files: int) -> list[Path]:
     kept.mkdir(mode=0o700)
     for index in range(files):
         link(snapshot.path / name(index), kept / name(index))
+    link(snapshot.path / DEVICES, kept / DEVICES)
     return [kept / name(index) for index in range(files)]
 
 
@@ -101,8 +140,8 @@ def inherited(source: Running, launch: Launch) -> int:
     if files:
         kept = folder(launch.log)
         kept.mkdir(mode=0o700, parents=True)
-        for index in range(files):
-            link(Path(str(source.private["kept"])) / name(index), kept / name(index))
+        for each in (*map(name, range(files)), DEVICES):
+            link(Path(str(source.private["kept"])) / each, kept / each)
     return files
 
 
@@ -131,6 +170,6 @@ def link(source: Path, target: Path) -> None:
         except OSError as error:
             if error.errno not in (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.EOPNOTSUPP):
                 raise
-            shutil.copyfile(source, target)
+            duplicate(source, target)
     except OSError as error:
         raise HostError(f"cannot keep the machine's memory file {source}: {error.strerror}") from error
