@@ -41,7 +41,7 @@ def frame(number: int, size: int) -> bytes:
 @SETTINGS
 @given(
     sizes=st.lists(st.integers(MIN_FRAME, 4000) | st.just(MAX_FRAME), max_size=12),
-    cuts=st.lists(st.integers(1, 20_000), min_size=1, max_size=30),
+    cuts=st.lists(st.integers(1, 20_000), max_size=8).map(lambda cuts: [*cuts, 5000]),
     shapes=st.lists(SHAPES, min_size=1, max_size=10),
 )
 def test_frames_to_the_guest(sizes: list[int], cuts: list[int], shapes: list[list[int]]) -> None:
@@ -52,7 +52,7 @@ def test_frames_to_the_guest(sizes: list[int], cuts: list[int], shapes: list[lis
         pieces: list[bytes] = []
         turn = 0
         while data or len(got := merged(pieces)) < len(frames):
-            assert turn < 20_000
+            assert turn < 5000
             if data:
                 try:
                     data = data[peer.send(data[: cuts[turn % len(cuts)]]) :]

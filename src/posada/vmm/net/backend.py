@@ -57,8 +57,8 @@ class Backend(Protocol):
     def settle(self, acked: Feature) -> None:
         """The driver has chosen among `features`."""
 
-    def send(self, packets: Sequence[list[memoryview]]) -> int:
-        """Packets from the guest, each with its `HEADER`; an empty list stands for one that is skipped.
+    def send(self, packets: Sequence[list[memoryview]], sizes: Sequence[int]) -> int:
+        """Packets from the guest, each with its `HEADER`; ``sizes`` without it, in bytes. Size 0: skip this one.
 
         Returns how many were taken: the rest must come again when ``fd`` is writable. Raises Gone.
         """
@@ -67,7 +67,7 @@ class Backend(Protocol):
         """``fd`` is writable. Raises Gone."""
 
     def receive(self, buffers: RxBuffers, packets: int) -> Outcome:
-        """Move up to ``packets`` into the guest's buffers. Raises Gone, QueueError."""
+        """Move up to ``packets`` into the guest's buffers; the caller publishes them. Raises Gone, QueueError."""
 
     def close(self) -> None:
         """Idempotent."""

@@ -15,6 +15,7 @@ HEADER_SIZE = 12
 _COUNT_AT = 10  # num_buffers, the last field of the header
 _MAX_VIEWS = 1024  # IOV_MAX
 _MAX_HELD = 256
+_EMPTY = memoryview(b"")
 
 
 class RxBuffers:
@@ -28,6 +29,7 @@ class RxBuffers:
         self._mergeable = mergeable
         self._held: deque[tuple[Chain, int]] = deque()
         self._room = 0
+        self._done: list[tuple[Chain, int]] = []  # filled, and not shown to the driver yet
         self.packets = self.bytes = self.dropped = 0
         queue.places = True  # for chains that are held while somebody begins to log what is written
 
@@ -63,36 +65,48 @@ class RxBuffers:
         return views[:_MAX_VIEWS]
 
     def commit(self, size: int) -> None:
-        """``size`` bytes, header included, stand in the views of `reserve`."""
-        done: list[tuple[Chain, int]] = []
+        """``size`` bytes, header included, stand in the views of `reserve`. `publish` must follow."""
+        first = self._held[0][0].writable
+        count = len(self._done)
         left = size
         while left > 0:
             chain, room = self._held.popleft()
             self._room -= room
-            done.append((chain, min(room, left)))
+            self._done.append((chain, min(room, left)))
             left -= room
-        fill(done[0][0].writable, len(done).to_bytes(2, "little"), _COUNT_AT)
-        self._queue.push_together(done)
+        fill(first, (len(self._done) - count).to_bytes(2, "little"), _COUNT_AT)
         self.packets += 1
         self.bytes += size - HEADER_SIZE
 
     def put(self, header: bytes, frame: memoryview) -> bool:
-        """A whole packet. False: there are too few buffers. One that fits into none is dropped."""
+        """A whole packet, in a ``header`` that says one buffer. False: there are too few. What fits into none is dropped."""
         size = HEADER_SIZE + len(frame)
+        if not self._held and (chain := self._queue.pop()) is not None:
+            view = chain.writable[0] if chain.writable else _EMPTY
+            if len(view) >= size and not chain.readable:  # the usual way is the fast one
+                view[:HEADER_SIZE] = header
+                view[HEADER_SIZE:size] = frame
+                self._done.append((chain, size))
+                self.packets += 1
+                self.bytes += size - HEADER_SIZE
+                return True
+            self._queue.put_back(chain)
         views = self.reserve(size)
         if views is None:
             return False
         if total(views) < size:
             self.dropped += 1
             return True
-        if len(views[0]) >= size:
-            views[0][:HEADER_SIZE] = header
-            views[0][HEADER_SIZE:size] = frame
-        else:
-            fill(views, header)
-            fill(views, frame, HEADER_SIZE)
+        fill(views, header)
+        fill(views, frame, HEADER_SIZE)
         self.commit(size)
         return True
+
+    def publish(self) -> None:
+        """Show the driver what was filled, all at once: a merged packet is never seen in part, and used indices are few."""
+        if self._done:
+            self._queue.push_together(self._done)
+            self._done.clear()
 
     def give_back(self) -> None:
         """Put the held buffers back: a save or fork follows."""

@@ -32,12 +32,12 @@ class Packets:
     def settle(self, acked: Feature) -> None:
         pass
 
-    def send(self, packets: Sequence[list[memoryview]]) -> int:
+    def send(self, packets: Sequence[list[memoryview]], sizes: Sequence[int]) -> int:
         self.waiting = False
         for count, packet in enumerate(packets):
-            views = packet if self._header else split(packet, HEADER_SIZE)[1]
-            if not packet:
+            if not sizes[count]:
                 continue
+            views = packet if self._header else split(packet, HEADER_SIZE)[1]
             try:
                 os.writev(self.fd, views)
             except BlockingIOError:

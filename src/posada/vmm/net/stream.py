@@ -7,12 +7,13 @@ out straight from guest memory, as many as there are by one sendmsg.
 from __future__ import annotations
 
 import socket
+from bisect import bisect_right
 from collections.abc import Sequence
 from struct import Struct
 
 from posada.vmm.net.backend import HEADER, MAX_FRAME, MIN_FRAME, Feature, Gone, Outcome
 from posada.vmm.net.buffers import HEADER_SIZE, RxBuffers
-from posada.vmm.virtio.views import split, total
+from posada.vmm.virtio.views import split
 
 _LENGTH = Struct(">I")
 _SIZE = 192 << 10
@@ -41,35 +42,40 @@ class Stream:
     def settle(self, acked: Feature) -> None:
         pass
 
-    def send(self, packets: Sequence[list[memoryview]]) -> int:
+    def send(self, packets: Sequence[list[memoryview]], sizes: Sequence[int]) -> int:
         if self._rest:
             self.flush()
             if self._rest:
                 return 0
         views: list[memoryview] = []
-        sizes = []
-        for packet in packets:
-            frame = split(packet, HEADER_SIZE)[1]
-            if len(views) + len(frame) >= _MAX_VIEWS:
-                if views:
-                    break
-                frame = [memoryview(b"".join(frame))]
-            size = total(frame)
-            if packet:
-                views += [memoryview(_LENGTH.pack(size)), *frame]
-                size += _LENGTH.size
-            sizes.append(size)
-        sent = left = self._send(views)
-        for count, size in enumerate(sizes):
-            if left < size:
-                self.waiting = True
-                if not left:
-                    return count
-                # The buffers are the guest's again once we answer: the rest of this frame is copied.
-                self._rest = memoryview(b"".join(split(split(views, sent)[1], size - left)[0]))
-                return count + 1
-            left -= size
-        return len(sizes)
+        ends = []
+        end = 0
+        for packet, size in zip(packets, sizes, strict=True):
+            if size:
+                first, *frame = packet
+                if len(first) > HEADER_SIZE:
+                    frame.insert(0, first[HEADER_SIZE:])
+                elif len(first) < HEADER_SIZE:
+                    frame = split(packet, HEADER_SIZE)[1]
+                if len(views) + len(frame) >= _MAX_VIEWS:
+                    if views:
+                        break
+                    frame = [memoryview(b"".join(frame))]
+                views.append(memoryview(_LENGTH.pack(size)))
+                views += frame
+                end += _LENGTH.size + size
+            ends.append(end)
+        sent = self._send(views)
+        if sent == end:
+            return len(ends)
+        self.waiting = True
+        whole = bisect_right(ends, sent)
+        begun = ends[whole - 1] if whole else 0
+        if sent == begun:
+            return whole
+        # The buffers are the guest's again once we answer: the rest of this frame is copied.
+        self._rest = memoryview(b"".join(split(split(views, sent)[1], ends[whole] - sent)[0]))
+        return whole + 1
 
     def flush(self) -> None:
         if self._rest:
@@ -78,32 +84,26 @@ class Stream:
 
     def receive(self, buffers: RxBuffers, packets: int) -> Outcome:
         header = _VALID if buffers.valid else _PLAIN
+        unpack = _LENGTH.unpack_from
         while packets:
-            frame = self._next()
-            if frame is None:
-                if not self._read():
-                    return Outcome.EMPTY
-                continue
-            if not buffers.put(header, frame):
-                return Outcome.FULL
-            self._start += _LENGTH.size + len(frame)
-            packets -= 1
+            at = self._start + _LENGTH.size
+            if at <= self._end:
+                (size,) = unpack(self._buffer, self._start)
+                if not MIN_FRAME <= size <= MAX_FRAME:
+                    raise Gone(f"the network sent a frame of {size} bytes")
+                if at + size <= self._end:
+                    if not buffers.put(header, self._buffer[at : at + size]):
+                        return Outcome.FULL
+                    self._start = at + size
+                    packets -= 1
+                    continue
+            if not self._read():
+                return Outcome.EMPTY
         return Outcome.MORE
 
     def close(self) -> None:
         self._sock.close()
         self.fd = -1
-
-    def _next(self) -> memoryview | None:
-        """The first whole frame of the buffer. Raises Gone for a length that no frame has."""
-        at, have = self._start, self._end - self._start
-        if have < _LENGTH.size:
-            return None
-        (size,) = _LENGTH.unpack_from(self._buffer, at)
-        if not MIN_FRAME <= size <= MAX_FRAME:
-            raise Gone(f"the network sent a frame of {size} bytes")
-        at += _LENGTH.size
-        return self._buffer[at : at + size] if have >= _LENGTH.size + size else None
 
     def _read(self) -> bool:
         """False: nothing there. Raises Gone."""

@@ -20,7 +20,6 @@ from posada.vmm.net.buffers import HEADER_SIZE, RxBuffers
 from posada.vmm.state import StateError
 from posada.vmm.virtio.device import SETTLE, Device
 from posada.vmm.virtio.queue import Chain, Queue, QueueError
-from posada.vmm.virtio.views import total
 
 RX, TX = 0, 1
 TURN = 128
@@ -119,13 +118,14 @@ class Net(Device):
         """``given``: "mac", "kind" and "fd" as in `posada.vmm.config.NicConfig`. Raises StateError, OSError.
 
         The new address is in the configuration space at once; a running driver keeps its own until the agent sets the
-        same one (docs/AGENT-PROTOCOL.md, `identity.reset`). The link goes down and, once the guest has seen that, up
-        again: whoever watches it asks for a lease anew.
+        same one (docs/AGENT-PROTOCOL.md, `identity.reset`). "renew" (default: for a tap, which others are on too): the
+        link goes down and, once the guest has seen that, up again, so that whoever watches it asks for a lease anew.
         """
         self.close()
         self._mac = parse_mac(given["mac"]) if "mac" in given else self._mac
         kind = given.get("kind", "none")
-        backend = open_backend(getattr(kind, "value", kind), given.get("fd", -1))
+        kind_name = getattr(kind, "value", kind)
+        backend = open_backend(kind_name, given.get("fd", -1))
         if backend is None:
             return
         acked = Feature(self.acked & self.features)
@@ -137,11 +137,10 @@ class Net(Device):
         if self.active:
             backend.settle(acked & backend.features)
             self._watch()
-        if self.active and acked & Feature.STATUS:
-            self._blinking = True
+        self._blinking = bool(self.active and acked & Feature.STATUS and given.get("renew", kind_name == "tap"))
+        self._up = not self._blinking
+        if self.active:
             self.config_changed()
-        else:
-            self._up = True
 
     def close(self) -> None:
         """Unplug: the link is down from now on."""
@@ -170,17 +169,17 @@ class Net(Device):
         while budget > 0:
             if self._wait(TX, self._out):
                 break
-            chains, packets = self._collect(queue)
+            chains, packets, sizes = self._collect(queue)
             if not chains:
                 if queue.enable_notify():
                     continue
                 break
-            taken = self._send(packets)
+            taken = self._send(packets, sizes)
             for chain in reversed(chains[taken:]):
                 queue.put_back(chain)
             queue.push_together([(chain, 0) for chain in chains[:taken]])
-            size = sum(map(total, packets[:taken]))
-            self._sent += taken
+            size = sum(sizes[:taken])
+            self._sent += taken - sizes[:taken].count(0)
             self._sent_bytes += size
             self._out.spend(size)
             budget -= taken
@@ -191,30 +190,34 @@ class Net(Device):
         self._watch()
         self.signal(queue)
 
-    def _collect(self, queue: Queue) -> tuple[list[Chain], list[list[memoryview]]]:
-        """What the guest has queued, a batch of it. A packet that is none is an empty list."""
+    def _collect(self, queue: Queue) -> tuple[list[Chain], list[list[memoryview]], list[int]]:
+        """What the guest has queued, a batch of it, and the frames' sizes; 0 for what is none."""
         chains: list[Chain] = []
         packets: list[list[memoryview]] = []
-        size = 0
-        while len(chains) < BATCH and size < BATCH_BYTES and (chain := queue.pop()) is not None:
+        sizes: list[int] = []
+        left = BATCH_BYTES
+        while len(chains) < BATCH and left > 0 and (chain := queue.pop()) is not None:
             if chain.writable:
                 raise QueueError("a packet that is to be written to")
-            length = chain.readable_size - HEADER_SIZE
-            fits = MIN_FRAME <= length <= MAX_FRAME
-            self._dropped += not fits
+            size = chain.readable_size - HEADER_SIZE
+            if not MIN_FRAME <= size <= MAX_FRAME:
+                self._dropped += 1
+                size = 0
             chains.append(chain)
-            packets.append(chain.readable if fits else [])
-            size += length
-        return chains, packets
+            packets.append(chain.readable)
+            sizes.append(size)
+            left -= size
+        return chains, packets, sizes
 
-    def _send(self, packets: list[list[memoryview]]) -> int:
+    def _send(self, packets: list[list[memoryview]], sizes: list[int]) -> int:
         """How many the network took; all, where there is none."""
         try:
             if self._backend is not None:
-                return self._backend.send(packets)
+                return self._backend.send(packets, sizes)
         except Gone as error:
             self._hang_up(error)
-        self._dropped += len(packets)
+        self._dropped += len(packets) - sizes.count(0)
+        sizes[:] = bytes(len(packets))
         return len(packets)
 
     # To the guest.
@@ -229,6 +232,7 @@ class Net(Device):
         except Gone as error:
             self._hang_up(error)
             outcome = Outcome.EMPTY
+        self._buffers.publish()
         self._in.spend(self._buffers.bytes - before)
         self._full = outcome is Outcome.FULL
         if outcome is Outcome.MORE:
