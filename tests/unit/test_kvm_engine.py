@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -14,6 +15,7 @@ from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from kvm_engine_kit import ME, Console, Kit, count, needs_kvm, say
 
@@ -24,7 +26,7 @@ from posada.engine.kvm.control import connect
 from posada.engine.kvm.engine import KvmEngine
 from posada.errors import EngineError, EngineGone, HostError, ImageError, Unsupported
 from posada.model.capabilities import Feature
-from posada.model.records import Process, Running
+from posada.model.records import PortRecord, Process, Running
 from posada.model.units import MIB
 from posada.proto.monitor import Op
 from posada.storage import qcow2
@@ -377,8 +379,6 @@ def on_top(inn: Inn, below: DiskFile) -> DiskFile:
 
 
 def with_disks(launch: Launch, *disks: DiskFile) -> Launch:
-    import msgspec
-
     return msgspec.structs.replace(launch, disks=disks)
 
 
@@ -448,6 +448,51 @@ async def test_memory(inn: Inn) -> None:
     await inn.engine.set_memory(source, 32 * MIB)
     with pytest.raises(EngineError):
         await inn.engine.set_memory(source, 128 * MIB)
+
+
+# networks
+
+
+def listens(port: PortRecord) -> bool:
+    with socket.socket() as sock:
+        sock.settimeout(5)
+        return sock.connect_ex((port.address, port.host)) == 0
+
+
+async def until_free(port: PortRecord) -> None:
+    async with asyncio.timeout(10):
+        while listens(port):  # noqa: ASYNC110 (nobody tells when a process that is not ours has ended)
+            await asyncio.sleep(0.01)
+
+
+@pytest.mark.skipif(probe.find_passt() is None, reason="passt is not installed")
+async def test_ports_come_and_go_and_end_with_the_machine(inn: Inn) -> None:
+    launch = msgspec.structs.replace(inn.launch(nics=[{}], ports=[80]), macs=("52:54:00:11:22:33",))
+    running = await inn.begin(launch)
+    (first,) = running.ports
+    assert first.guest == 80 and listens(first)
+    second = await inn.engine.add_port(running, PortRecord(81, 0, "127.0.0.1", "tcp"))
+    assert listens(first) and listens(second)
+    with pytest.raises(HostError, match="in use"):
+        await inn.engine.add_port(running, PortRecord(82, second.host, "127.0.0.1", "tcp"))
+    assert listens(first) and listens(second)
+    await inn.engine.remove_port(running, first)
+    assert not listens(first) and listens(second)
+    child = msgspec.structs.replace(inn.launch(nics=[{}], ports=[80]), macs=("52:54:00:11:22:44",))
+    (kid,) = await inn.fork_to(running, [child], [])
+    assert listens(kid.ports[0]) and kid.ports[0].host not in (first.host, second.host)
+    await inn.engine.kill(running)
+    await until_free(second)
+    assert listens(kid.ports[0])
+    await inn.engine.kill(kid)
+    await until_free(kid.ports[0])
+
+
+async def test_without_passt_a_network_is_refused_in_words(inn: Inn, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("POSADA_PASST", "passt-that-is-not-there")
+    assert not inn.engine.capabilities().has(Feature.USER_NETWORK)
+    with pytest.raises(Unsupported, match="passt"):
+        await inn.begin(msgspec.structs.replace(inn.launch(nics=[{}]), macs=("52:54:00:11:22:33",)))
 
 
 # snapshots
