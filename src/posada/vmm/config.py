@@ -128,10 +128,9 @@ class ConsoleConfig:
 
 @dataclass(frozen=True, slots=True)
 class JailConfig:
-    """How the monitor locks itself in, once everything is set up. ``uid``, ``gid`` -1: stay who it is."""
+    """How the monitor locks itself in, once everything is set up. ``uid``: its user, and group; -1: stay who it is."""
 
     uid: int = -1
-    gid: int = -1
     root: int = -1
     """Descriptor of an empty directory to chroot to where there are no mount namespaces, or -1."""
     namespaces: bool = True
@@ -141,7 +140,6 @@ class JailConfig:
     def from_dict(cls, d: state.Document) -> JailConfig:
         return cls(
             uid=state.integer(d, "uid", -1, 0xFFFF_FFFE, -1),
-            gid=state.integer(d, "gid", -1, 0xFFFF_FFFE, -1),
             root=state.integer(d, "root", -1, MAX_FD, -1),
             namespaces=state.boolean(d, "namespaces", True),
             seccomp=state.boolean(d, "seccomp", True),
