@@ -115,7 +115,7 @@ def devices(config: MonitorConfig) -> Iterator[tuple[str, Device]]:
         opened = open_chain(there.chain, there.size, there.readonly) if there is not None else None
         yield f"bay:{index}", Bay(opened, there.name if there is not None else "")
     for index, nic in enumerate(config.nics):
-        yield f"nic:{index}", Net(nic.mac, open_backend(nic.kind.value, nic.fd))
+        yield f"nic:{index}", Net(nic.mac, open_backend(nic.kind.value, nic.fd), mtu=nic.mtu)
 
 
 def add_console(machine: Machine) -> None:

@@ -74,6 +74,8 @@ class NicConfig:
     mac: str
     kind: NicKind
     fd: int = -1
+    mtu: int = 0
+    """What the guest is told, in bytes; 0: nothing. The other end must be able to carry it."""
 
     @classmethod
     def from_dict(cls, d: state.Document) -> NicConfig:
@@ -84,7 +86,8 @@ class NicConfig:
                 raise ValueError
         except ValueError:
             raise state.StateError(f"'mac' is not a MAC address: {mac!r}") from None
-        return cls(mac, kind, state.integer(d, "fd", -1 if kind is NicKind.NONE else 0, MAX_FD, -1))
+        fd = state.integer(d, "fd", -1 if kind is NicKind.NONE else 0, MAX_FD, -1)
+        return cls(mac, kind, fd, state.integer(d, "mtu", 0, 65535, 0))
 
 
 @dataclass(frozen=True, slots=True)
