@@ -27,8 +27,9 @@ from lab_report import Report, read_junit
 import posada
 from posada.guest.binary import agent_binary
 
-#: Python for posada, QEMU to compare with, qemu-utils to check disk images, the kernel's headers to compare numbers with.
-PACKAGES = ("python3", "qemu-system-x86", "qemu-utils", "linux-libc-dev")
+#: Python for posada, passt for networks, QEMU to compare with and to check disk images, and the kernel's headers to
+#: compare numbers with.
+PACKAGES = ("python3", "qemu-system-x86", "qemu-utils", "passt", "linux-libc-dev")
 #: Images for the inner guests, and the releases whose kernel packages are there too.
 IMAGES = ("debian:12", "debian:13")
 SUITES = ("bookworm", "trixie")

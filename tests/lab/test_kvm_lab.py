@@ -17,3 +17,11 @@ def test_kvm_on_the_kernels_own_terms(suite: Suite) -> None:
     """The ioctl layer's tests, that run on any /dev/kvm, on one that is not emulated by its host."""
     files = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("tests/unit/test_kvm_*.py"))
     suite(*files, timeout=300)
+
+
+def test_debians_kernels_boot(suite: Suite) -> None:
+    suite("tests/lab/inside/test_boot.py", timeout=400)
+
+
+def test_the_contract_holds_on_the_kvm_engine(suite: Suite) -> None:
+    suite("tests/contract", env={"POSADA_ENGINES": "kvm"}, timeout=800)
