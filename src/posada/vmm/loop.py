@@ -117,7 +117,8 @@ class Loop:
     def _open(self) -> None:
         self._epoll = select.epoll()
         self._wakeup = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        self._epoll.register(self._wakeup, select.EPOLLIN)
+        # Edge-triggered: each write is an event, and nobody has to read the count.
+        self._epoll.register(self._wakeup, select.EPOLLIN | select.EPOLLET)
 
     def _wake(self) -> None:
         os.eventfd_write(self._wakeup, 1)
@@ -133,6 +134,8 @@ class Loop:
         return max(0.0, self._timers[0].deadline - time.monotonic()) if self._timers else None
 
     def _run_timers(self) -> None:
+        if not self._timers:
+            return
         now = time.monotonic()
         while self._timers and (self._timers[0].cancelled or self._timers[0].deadline <= now):
             timer = heapq.heappop(self._timers)
@@ -140,9 +143,5 @@ class Loop:
                 timer.callback()
 
     def _run_soon(self) -> None:
-        try:
-            os.eventfd_read(self._wakeup)
-        except BlockingIOError:
-            pass
         for _ in range(len(self._soon)):  # not those that these add: descriptors come first
             self._soon.popleft()()
