@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import _thread
 import json
 import os
 import resource
 import signal
 import sys
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -307,7 +307,7 @@ def exits(runs: int) -> dict[str, Any]:
         toy, device = machine(code)
         toy.start()
         samples: Counter[str] = Counter()
-        me = threading.get_ident()
+        me = _thread.get_ident()
         begun, before = now(), device.count
         while now() - begun < 1_000_000_000:
             time.sleep(0.001)

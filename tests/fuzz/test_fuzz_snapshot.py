@@ -19,7 +19,7 @@ from posada.vmm.snapshot import Document, restore
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))  # the kits are there
 from kvm_kit import needs_kvm
-from machine_kit import MIB, config, counter, spin, toy
+from machine_kit import MIB, config, counter, spin, tidy, toy
 
 EXAMPLES = int(os.environ.get("POSADA_FUZZ_EXAMPLES", "60"))
 slow = settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck))
@@ -119,3 +119,6 @@ def test_runs_are_checked(some: list[tuple[int, int]]) -> None:
     except StateError:
         return
     assert all(0 <= at < at + length <= 32 * PAGE for at, length in runs)
+
+
+assert tidy  # a fixture for every test here

@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 from kvm_kit import needs_kvm
-from machine_kit import COUNTER, MIB, child, counter, fork, monitor, spin, toy
+from machine_kit import COUNTER, MIB, child, counter, fork, monitor, spin, tidy, toy
 
 from posada.runtime.console import DescriptorLog
 from posada.vmm import cpustate, layout, vmstate
@@ -301,3 +301,6 @@ def test_counting_is_at_the_right_place() -> None:
     machine.pause()
     assert probe.values[:3] == [1, 2, 3] and machine.memory.u32(COUNTER) >= 6
     machine.close()
+
+
+assert tidy  # a fixture for every test here

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from kvm_kit import needs_kvm
-from machine_kit import MIB, Machine, config, counter, monitor, spin, toy
+from machine_kit import MIB, Machine, config, counter, monitor, spin, tidy, toy
 from test_vmm_reset import DIRTY_50
 
 from posada.errors import EngineError, EngineGone, StateError
@@ -247,3 +247,6 @@ def test_frames_are_split_and_checked() -> None:
     assert [len(some) for some in migration.split(many)] == [migration.MAX_CONTENT // 4096] * 4 + [1]
     with pytest.raises(MigrationError):
         migration.read_header(bytes(16))
+
+
+assert tidy  # a fixture for every test here

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from kvm_kit import CODE, needs_kvm
-from machine_kit import COUNTER, MIB, Machine, counter, spin, toy
+from machine_kit import COUNTER, MIB, Machine, counter, spin, tidy, toy
 from test_vmm_snapshot import save
 
 from posada.kvm import Exit
@@ -178,3 +178,6 @@ def test_a_disk_that_was_written_to_is_refused(tmp_path: Path) -> None:
     with pytest.raises(EngineError, match="written"):
         point.put_back()
     machine.close()
+
+
+assert tidy  # a fixture for every test here

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from kvm_kit import needs_kvm
-from machine_kit import MIB, PORT, Machine, Probe, config, counter, spin, toy
+from machine_kit import MIB, PORT, Machine, Probe, config, counter, spin, tidy, toy
 
 from posada.errors import StateError
 from posada.proto import cbor
@@ -319,3 +319,6 @@ def test_a_newer_document_says_so() -> None:
     newer = cbor.encode({"format": "posada machine", "version": 2})
     with pytest.raises(StateError, match="version 2"):
         Document.decode(newer)
+
+
+assert tidy  # a fixture for every test here

@@ -10,10 +10,11 @@ from __future__ import annotations
 import heapq
 import os
 import select
-import threading
 import time
 from collections import deque
 from collections.abc import Callable
+
+from posada.vmm.threads import RLock
 
 Callback = Callable[[int], object]
 
@@ -39,11 +40,12 @@ class Loop:
     """Watches are keyed by descriptor; unwatch one before it is closed, or its number's next owner inherits it."""
 
     def __init__(self) -> None:
-        self.lock = threading.RLock()
+        self.lock = RLock()
         self._watches: dict[int, tuple[Callback, int]] = {}
         self._timers: list[Timer] = []
         self._soon: deque[Callable[[], object]] = deque()
         self._stopping = False
+        self._awake = False
         self._open()
 
     def watch(self, fd: int, callback: Callback, events: int = select.EPOLLIN) -> None:
@@ -83,7 +85,9 @@ class Loop:
         """Dispatch until `stop`. Pending `soon` calls made before `stop` are run."""
         self._stopping = False
         while not self._stopping:
+            self._awake = False
             ready = self._epoll.poll(self._timeout())
+            self._awake = True
             with self.lock:
                 for fd, events in ready:
                     watch = self._watches.get(fd)  # an earlier handler may have dropped it
@@ -121,7 +125,8 @@ class Loop:
         self._epoll.register(self._wakeup, select.EPOLLIN | select.EPOLLET)
 
     def _wake(self) -> None:
-        os.eventfd_write(self._wakeup, 1)
+        if not self._awake:  # else it looks at what there is to do before it sleeps again
+            os.eventfd_write(self._wakeup, 1)
 
     def _stop(self) -> None:
         self._stopping = True

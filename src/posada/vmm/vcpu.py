@@ -30,7 +30,6 @@ from __future__ import annotations
 
 import _thread
 import signal
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -41,6 +40,7 @@ from typing import Protocol
 from posada.kvm.exits import IO_DATA, UNION, ExitData, MmioExit, name_of
 from posada.kvm.numbers import Exit
 from posada.kvm.vcpu import Vcpu
+from posada.vmm.threads import Condition, RLock
 
 KICK = signal.SIGUSR1
 MAX_REASON = 63
@@ -92,7 +92,7 @@ class VcpuThread:
         index: int,
         pio: Accessed,
         mmio: Accessed,
-        lock: threading.RLock,
+        lock: RLock,
         on_exit: OnExit,
         begin: Callable[[], object] = lambda: None,
     ) -> None:
@@ -108,7 +108,7 @@ class VcpuThread:
         self._pio = pio
         self._mmio = mmio
         self._lock = lock
-        self._changed = threading.Condition(lock)
+        self._changed = Condition(lock)
         self.on_exit = on_exit
         self._begin = begin
         self._trace: deque[tuple[int, str]] | None = None
@@ -175,7 +175,7 @@ class VcpuThread:
         """In a forked child, which has no other thread: NEW again, on the vcpu as the child has remade it."""
         self.state, self.wanted, self.held = State.NEW, Wanted.RUN, False
         self._kvm_run = self.vcpu.kvm_run
-        self._changed = threading.Condition(self._lock)
+        self._changed = Condition(self._lock)
         self._ident = 0
 
     def trace(self, entries: int) -> None:

@@ -6,9 +6,9 @@ thread alone. It starts at the first job; after `drain` it is idle, and the proc
 
 from __future__ import annotations
 
-import threading
+import _thread
+from _queue import Empty, SimpleQueue
 from collections.abc import Callable
-from queue import Empty, SimpleQueue
 
 from posada.vmm.loop import Loop
 
@@ -24,16 +24,18 @@ class Worker:
 
     def after_fork(self) -> None:
         """In a child, where the thread does not exist. Nothing may have been under way."""
-        self._thread: threading.Thread | None = None
+        self._started = False
         self._jobs: SimpleQueue[_Job | None] = SimpleQueue()
         self._finished: SimpleQueue[tuple[Callable[[OSError | None], object], OSError | None]] = SimpleQueue()
         self._pending = 0
 
     def submit(self, work: Callable[[], object], done: Callable[[OSError | None], object]) -> None:
         """Run ``work`` in the thread, then ``done`` in the loop with the OSError it raised, or None."""
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._run, args=(self._jobs, self._finished), daemon=True)
-            self._thread.start()
+        if not self._started:
+            self._started = True
+            self._ended = _thread.allocate_lock()
+            self._ended.acquire()
+            _thread.start_new_thread(self._run, (self._jobs, self._finished, self._ended))
         self._pending += 1
         self._jobs.put((work, done))
 
@@ -45,15 +47,16 @@ class Worker:
     def close(self) -> None:
         """`drain` and end the thread. Idempotent; another `submit` starts it again."""
         self.drain()
-        if self._thread is not None:
+        if self._started:
             self._jobs.put(None)
-            self._thread.join()
-            self._thread = None
+            self._ended.acquire()
+            self._started = False
 
     def _run(
         self,
         jobs: SimpleQueue[_Job | None],
         finished: SimpleQueue[tuple[Callable[[OSError | None], object], OSError | None]],
+        ended: _thread.LockType,
     ) -> None:
         while (job := jobs.get()) is not None:
             work, done = job
@@ -64,6 +67,7 @@ class Worker:
                 failed = error
             finished.put((done, failed))
             self._loop.soon(self._poll)
+        ended.release()
 
     def _poll(self) -> None:
         while True:

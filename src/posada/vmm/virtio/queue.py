@@ -22,7 +22,7 @@ instructions*). tests/unit/test_virtio_queue.py looks for the instruction. On ar
 
 from __future__ import annotations
 
-import threading
+import _thread
 from collections.abc import Callable, Sequence
 from struct import Struct
 from typing import Any
@@ -116,7 +116,7 @@ class Queue:
         self.places = False
         """Whether a device needs `Chain.places`."""
         self.epoch = 0
-        self._barrier = threading.Lock()
+        self._barrier = _thread.allocate_lock()
         self.clear()
 
     def clear(self) -> None:
