@@ -84,6 +84,14 @@ def test_run_passes_environment_user_directory_and_timeout(posada_cli: Posada, m
     assert states(posada_cli) == {}
 
 
+def test_a_machine_that_may_run_machines(posada_cli: Posada) -> None:
+    for name, more in (("guest", ()), ("host", ("--nested",))):
+        assert posada_cli("create", "--engine", "fake", "--name", name, *more, IMAGE).status == 0
+    specs = {name: parsed(posada_cli("info", name, "--format", "json"))["spec"] for name in ("guest", "host")}
+    assert specs["host"]["nested"] is True
+    assert not specs["guest"].get("nested", False)
+
+
 def test_create_from_options_and_from_a_file(posada_cli: Posada, tmp_path: Path) -> None:
     options = ("--cpus", "2", "-m", "1GiB", "--disk", "2MiB", "--disk", "data=3MiB", "-p", "8080:80", "-l", "a=b",
                "--lifetime", "10m", "--idle", "1h", "--hostname", "other", "--append", "quiet")  # fmt: skip
