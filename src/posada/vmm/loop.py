@@ -10,10 +10,11 @@ from __future__ import annotations
 import heapq
 import os
 import select
-import threading
 import time
 from collections import deque
 from collections.abc import Callable
+
+from posada.vmm.threads import RLock
 
 Callback = Callable[[int], object]
 
@@ -39,7 +40,7 @@ class Loop:
     """Watches are keyed by descriptor; unwatch one before it is closed, or its number's next owner inherits it."""
 
     def __init__(self) -> None:
-        self.lock = threading.RLock()
+        self.lock = RLock()
         self._watches: dict[int, tuple[Callback, int]] = {}
         self._timers: list[Timer] = []
         self._soon: deque[Callable[[], object]] = deque()
