@@ -58,6 +58,8 @@ _WRITEBACK_AT = 32
 _CONFIG = Struct("<QII4xIBBHIB3xIIIIIB3x")
 """Section 5.2.4, without what belongs to features not offered at its end."""
 
+_COUNTERS = ("reads", "read_bytes", "writes", "written_bytes", "flushes", "discards", "zeroes", "errors", "unsupported")
+
 
 class Kind(IntEnum):
     """Request types, section 5.2.6."""
@@ -93,20 +95,7 @@ class Blk(Device):
         self._writeback: bool | None = None  # None: as the features say
         self._turn = 0
         self._flushing = False  # a request waits for the worker
-        self._counters = dict.fromkeys(
-            (
-                "reads",
-                "read_bytes",
-                "writes",
-                "written_bytes",
-                "flushes",
-                "discards",
-                "zeroes",
-                "errors",
-                "unsupported",
-            ),
-            0,
-        )
+        self._counters = dict.fromkeys(_COUNTERS, 0)
         self._requests: dict[int, Callable[[int, list[memoryview], list[memoryview]], Answer]] = {
             Kind.OUT: self._out,
             Kind.FLUSH: self._flush,
