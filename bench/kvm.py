@@ -44,6 +44,7 @@ def markdown(found: dict[str, Values], facts: dict[str, str]) -> str:
     fork, touched, memory, reset, exits = (found[name] for name in SERIES)
     rows = [
         ("fork of a 256 MiB toy guest, call → child's first exit, ms", spread(fork["first"]), "p50 ≤ 1.5, p99 ≤ 5"),
+        ("the same, processor time of parent and child on the way there, ms", spread(fork["spent"]), "–"),
         ("the same → first exit answered by a device of the child, ms", spread(fork["answered"]), "–"),
         ("its parent stands still, ms", spread(fork["pause"]), "–"),
         ("fork with all of the 256 MiB touched, first exit, ms", spread(touched["first"]), "–"),

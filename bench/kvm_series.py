@@ -98,6 +98,8 @@ class Stamps:
     def __init__(self) -> None:
         self.at: dict[str, int] = {}
         self.faults = 0
+        self.spent = 0
+        """Nanoseconds of processor time: of this thread until fork(2) is done; in a child, of all of it until its first exit."""
         for owner, name, text in (
             (Replay, "record", "vcpus parked, state recorded"),
             (forking, "_fork", "fork(2) has returned in the child"),
@@ -112,6 +114,7 @@ class Stamps:
             reason = plain(vcpu)
             if "first exit" not in self.at:
                 self.at["first exit"] = now()
+                self.spent = time.process_time_ns()
                 self.faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
             return reason
 
@@ -123,7 +126,9 @@ class Stamps:
         def noted(*arguments: Any) -> Any:
             result = plain(*arguments)
             self.at[text] = now()
-            if name == "_fork" and not result:
+            if name == "_fork" and result:
+                self.spent = time.thread_time_ns()
+            elif name == "_fork":
                 self.at.pop("first exit", None)
             return result
 
@@ -136,7 +141,7 @@ def forks(runs: int, touched: bool = False, hugepages: bool = False) -> dict[str
         for at in range(4 << 20, SIZE, PAGE):
             parent.memory.view(at, 1)[0] = 1
     stamps, forker, config = Stamps(), Forker(parent), child_of(parent)
-    found: dict[str, Any] = {"first": [], "answered": [], "pause": [], "faults": [], "steps": {}}
+    found: dict[str, Any] = {"first": [], "answered": [], "pause": [], "spent": [], "faults": [], "steps": {}}
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     parent.start()
 
@@ -144,6 +149,7 @@ def forks(runs: int, touched: bool = False, hugepages: bool = False) -> dict[str
         reader, writer = os.pipe()
         stamps.at.clear()
         device.at = 1
+        spent = time.thread_time_ns()
         begun = now()
         outcome = forker.fork([config])
         if outcome is None:
@@ -156,6 +162,7 @@ def forks(runs: int, touched: bool = False, hugepages: bool = False) -> dict[str
         found["first"].append(values["at"]["first exit"] / 1e6)
         found["answered"].append(values["answered"] / 1e6)
         found["faults"].append(values["faults"])
+        found["spent"].append((values["spent"] + stamps.spent - spent) / 1e6)
         found["pause"].append(outcome.pause * 1e3)
         for name, at in values["at"].items():
             found["steps"].setdefault(name, []).append(at / 1e3)
@@ -172,6 +179,7 @@ def forks(runs: int, touched: bool = False, hugepages: bool = False) -> dict[str
             "at": {name: at - begun for name, at in stamps.at.items()},
             "answered": device.at - begun,
             "faults": stamps.faults,
+            "spent": stamps.spent,
         }
         os.write(writer, json.dumps(values).encode())
         os._exit(0)

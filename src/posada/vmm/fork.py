@@ -32,8 +32,6 @@ from posada.vmm.replay import Replay
 from posada.vmm.vcpu import Wanted
 from posada.vmm.virtio.blk import Blk
 
-_LET_THEM_RUN = 50e-6
-
 
 @dataclass(frozen=True)
 class Forked:
@@ -144,7 +142,8 @@ class Forker:
             thread.after_fork()
             thread.start()
         # A thread that only wakes up never wins the interpreter's lock against one that gives it up for microseconds.
-        time.sleep(_LET_THEM_RUN)
+        for thread in machine.vcpus.threads:
+            thread.wait_entering()
 
 
 def freeze(machine: Machine) -> None:

@@ -113,6 +113,8 @@ class VcpuThread:
         self._begin = begin
         self._trace: deque[tuple[int, str]] | None = None
         self._ident = 0  # of its thread
+        self._entering = _thread.allocate_lock()
+        self._entering.acquire()
 
     # called by others
 
@@ -126,6 +128,10 @@ class VcpuThread:
             self.state = State.RUNNING
             # Not threading.Thread: its start() waits until the thread runs, and a forked child cannot afford it.
             self._ident = _thread.start_new_thread(self._main, ())
+
+    def wait_entering(self) -> None:
+        """After `start`, once: returns when it is about to enter KVM_RUN. It has the interpreter to itself until then."""
+        self._entering.acquire()
 
     def kick(self) -> None:
         """Make KVM_RUN return, now or at its next entry. Harmless at any time."""
@@ -175,6 +181,8 @@ class VcpuThread:
         """In a forked child, which has no other thread: NEW again, on the vcpu as the child has remade it."""
         self.state, self.wanted, self.held = State.NEW, Wanted.RUN, False
         self._kvm_run = self.vcpu.kvm_run
+        self._entering = _thread.allocate_lock()
+        self._entering.acquire()
         self._changed = Condition(self._lock)
         self._ident = 0
 
@@ -200,6 +208,8 @@ class VcpuThread:
                     if begun:
                         self._step()
                     else:
+                        if self._entering.locked():
+                            self._entering.release()
                         reason = self.vcpu.run()
                         self._begin()
                         begun = True
