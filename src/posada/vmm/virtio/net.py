@@ -166,14 +166,19 @@ class Net(Device):
         queue = self.queues[TX]
         queue.disable_notify()
         budget = TURN
+        worked = False
         while budget > 0:
             if self._wait(TX, self._out):
                 break
             chains, packets, sizes = self._collect(queue)
             if not chains:
+                if worked:  # while packets come, look again after a turn of the loop: kicks cost the guest an exit each
+                    self.transport.again(TX)
+                    break
                 if queue.enable_notify():
                     continue
                 break
+            worked = True
             taken = self._send(packets, sizes)
             for chain in reversed(chains[taken:]):
                 queue.put_back(chain)
