@@ -25,7 +25,7 @@ from posada.vmm import process
 from posada.vmm.builder import prepare, wire
 from posada.vmm.config import JailConfig, MonitorConfig, VsockConfig
 from posada.vmm.control import Control
-from posada.vmm.fork import Forker
+from posada.vmm.fork import Child, Forker
 from posada.vmm.machine import Machine
 from posada.vmm.memory import PAGE, GuestMemory
 from posada.vmm.pagemap import PageMap
@@ -149,9 +149,10 @@ def forks(runs: int, touched: bool = False, hugepages: bool = False) -> dict[str
         reader, writer = os.pipe()
         stamps.at.clear()
         device.at = 1
+        child = Child(config)
         spent = time.thread_time_ns()
         begun = now()
-        outcome = forker.fork([config])
+        outcome = forker.fork([child])
         if outcome is None:
             device.at = 0
             tell(writer, begun)
@@ -244,7 +245,7 @@ def memory(runs: int) -> dict[str, Any]:
 
     def once() -> None:
         alone.update(private(parent.memory))
-        if forker.fork([config]) is None:
+        if forker.fork([Child(config)]) is None:
             device.count = 0
             report()
         else:

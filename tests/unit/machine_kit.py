@@ -22,7 +22,7 @@ from kvm_kit import CODE, enter_real_mode
 from posada.vmm.builder import prepare, wire
 from posada.vmm.config import MonitorConfig, VsockConfig
 from posada.vmm.control import Control
-from posada.vmm.fork import Forked, Forker
+from posada.vmm.fork import Child, Forked, Forker
 from posada.vmm.machine import Machine
 from posada.vmm.memory import GuestMemory
 
@@ -137,7 +137,7 @@ def fork(machine: Machine, forker: Forker, children: int, **changes: Any) -> For
     """Fork as the control socket's handler does, from the loop. None in a child."""
     outcome: list[Forked | None] = []
     configs = [child(machine, index, **changes) for index in range(children)]
-    machine.loop.soon(lambda: outcome.append(forker.fork(configs)))
+    machine.loop.soon(lambda: outcome.append(forker.fork(list(map(Child, configs)))))
     spin(machine, lambda: bool(outcome))
     return outcome[0]
 

@@ -15,7 +15,7 @@ from machine_kit import COUNTER, MIB, child, counter, fork, monitor, spin, tidy,
 
 from posada.runtime.console import DescriptorLog
 from posada.vmm import cpustate, layout, vmstate
-from posada.vmm.fork import Forker
+from posada.vmm.fork import Child, Forker
 from posada.vmm.machine import State
 from posada.vmm.replay import Replay
 
@@ -134,7 +134,7 @@ def test_a_child_has_nothing_of_its_parents() -> None:
         configs = [child(machine, 0, control=mine[0]), child(machine, 1, control=theirs[0])]
         os.close(mine[1]), os.close(theirs[1])
         outcome: list[Any] = []
-        machine.loop.soon(lambda: outcome.append(forker.fork(configs)))
+        machine.loop.soon(lambda: outcome.append(forker.fork(list(map(Child, configs)))))
         spin(machine, lambda: bool(outcome))
         keys = descriptors() - before
         with open("/proc/self/maps") as maps:
@@ -171,7 +171,7 @@ def test_a_child_that_cannot_live_says_so() -> None:
             life=replace(config.life, starter=starter.detach()),
         )
         outcome: list[Any] = []
-        machine.loop.soon(lambda: outcome.append(Forker(machine).fork([config])))
+        machine.loop.soon(lambda: outcome.append(Forker(machine).fork([Child(config)])))
         spin(machine, lambda: bool(outcome))
         start = counter(machine)
         spin(machine, lambda: counter(machine) > start + 20)
@@ -262,7 +262,7 @@ def test_regular_files_are_not_touched_by_the_dead() -> None:
         config = replace(config, console=replace(config.console, log=os.dup(logs[1])))
         inode = os.fstat(logs[0]).st_ino
         outcome: list[Any] = []
-        machine.loop.soon(lambda: outcome.append(Forker(machine).fork([config])))
+        machine.loop.soon(lambda: outcome.append(Forker(machine).fork([Child(config)])))
         spin(machine, lambda: bool(outcome))
         if outcome[0] is None:
             machine.console.output(b"child speaks")

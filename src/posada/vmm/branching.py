@@ -16,6 +16,7 @@ from posada.proto.monitor import Op
 from posada.vmm.capture import Captured, Files, capture
 from posada.vmm.config import MonitorConfig
 from posada.vmm.control import Call, Child, Given, Handler, Result
+from posada.vmm.fork import Child as Birth
 from posada.vmm.fork import Forker
 from posada.vmm.machine import Machine
 from posada.vmm.migrate import Moved, Outgoing
@@ -97,7 +98,7 @@ class Branching:
         return handle
 
     def _fork(self, call: Call) -> None:
-        children = _configs(call.take_children())
+        children = [Birth(config) for config in _configs(call.take_children())]
         switch = self._layers(call)
 
         def fork() -> Result | None:

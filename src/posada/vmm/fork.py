@@ -42,9 +42,10 @@ class Forked:
 
 
 class Child:
-    """A child to be, worked out before the pause: what a child does itself costs it a page fault at every step."""
+    """A child to be, worked out beforehand: what a child does by itself costs it a page fault at every step."""
 
     def __init__(self, config: MonitorConfig) -> None:
+        """``config`` has no ``kvm``: a child keeps its parent's."""
         self.config = config
         self.descriptors: list[int] = []
         config.relocated(self._note)
@@ -68,7 +69,7 @@ class Forker:
         self._machine = machine
         self._replay: Replay | None = None
 
-    def fork(self, children: Sequence[MonitorConfig], switch: Callable[[], object] = lambda: None) -> Forked | None:
+    def fork(self, children: Sequence[Child], switch: Callable[[], object] = lambda: None) -> Forked | None:
         """Make ``children``; in each of them it returns None, and the machine is the child's.
 
         On the loop's thread, from `Loop.soon`: a child goes on in the same loop, and must not dispatch what the parent's
@@ -78,7 +79,7 @@ class Forker:
         this raises (KvmError, OSError, ImageError).
         """
         machine = self._machine
-        born = [Child(config) for config in children]
+        born = list(children)
         pids: list[int | OSError] = []
         me: int | None = None
         with machine.loop.lock:

@@ -43,3 +43,7 @@ class Condition:
     def notify_all(self) -> None:
         while self._waiting:
             self._waiting.pop().release()
+
+    def forget(self) -> None:
+        """In a forked child: who waited does not exist."""
+        self._waiting.clear()

@@ -181,9 +181,8 @@ class VcpuThread:
         """In a forked child, which has no other thread: NEW again, on the vcpu as the child has remade it."""
         self.state, self.wanted, self.held = State.NEW, Wanted.RUN, False
         self._kvm_run = self.vcpu.kvm_run
-        self._entering = _thread.allocate_lock()
-        self._entering.acquire()
-        self._changed = Condition(self._lock)
+        self._entering.acquire(blocking=False)
+        self._changed.forget()
         self._ident = 0
 
     def trace(self, entries: int) -> None:
