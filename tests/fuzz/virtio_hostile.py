@@ -57,6 +57,9 @@ class World:
     def poke(self, program: Program) -> None:
         pass
 
+    def settle(self) -> None:
+        """The host's side does what the device waits for in `Device.quiesce`."""
+
     def close(self) -> None:
         self.device.close()
 
@@ -234,13 +237,16 @@ class Hostile:
 
     def pause(self) -> None:
         """As around a snapshot of a machine that goes on."""
+        self.world.settle()
         self.driver.device.quiesce()
         self.driver.transport.save()
         self.driver.transport.kick()
         self.driver.spin()
 
     def move(self) -> None:
+        self.world.settle()
         old = self.world.device
+        old.quiesce()
         self.world.device = self.world.make()
         driver = self.driver
         try:

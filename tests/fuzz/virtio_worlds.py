@@ -15,6 +15,7 @@ from posada.vmm.virtio.balloon import Balloon
 from posada.vmm.virtio.blk import Blk
 from posada.vmm.virtio.console import RECEIVE, TRANSMIT, Console
 from posada.vmm.virtio.device import Device
+from posada.vmm.virtio.fs import IN_HEADER, OUT_HEADER, SILENT, Fs
 from posada.vmm.virtio.net import Net
 from posada.vmm.virtio.rng import Rng
 from posada.vmm.virtio.testing import FakeDriver
@@ -324,12 +325,71 @@ class NetStreamWorld(NetWorld):
     kind = socket.SOCK_STREAM
 
 
+class FsWorld(World):
+    """The folder's server answers everything, late, with a header and some bytes."""
+
+    peer: socket.socket
+
+    def make(self) -> Device:
+        if hasattr(self, "peer"):
+            self.peer.close()
+        self.peer, inner = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.peer.setblocking(False)
+        return Fs("fuzz", inner.detach())
+
+    def honest(self, driver: FakeDriver) -> None:
+        if self.peer.fileno() < 0:
+            return
+        driver.put([IN_HEADER.pack(IN_HEADER.size, 3, 77, 1, 0, 0, 0, 0)], [OUT_HEADER.size, 50], queue=1)
+        driver.kick(1)
+        for _ in range(100):
+            self._serve(20)
+            driver.spin()
+            for done in driver.collect(1):
+                assert OUT_HEADER.unpack_from(done.data)[2] == 77
+                return
+        raise AssertionError("no answer of the folder's server arrives")
+
+    def request(self, program: Program, queue: int) -> tuple[list[bytes], list[int]]:
+        opcode = program.pick([1, 2, 3, 15, 16, 26, 36, 42, program.byte()])
+        head = IN_HEADER.pack(program.byte(), opcode, program.byte(), 1, 0, 0, 0, 0)
+        body = program.bytes(1) * program.pick([0, 1, 40, 5000, 140_000])
+        at = program.byte() % 64
+        readable = [head, body] if program.byte() & 1 else [(head + body)[:at], (head + body)[at:]]
+        return readable, [program.pick([16, 16, 15, 4096]), program.byte()] if program.byte() & 7 else []
+
+    def poke(self, program: Program) -> None:
+        if program.byte() == 0:
+            self.peer.close()
+        elif self.peer.fileno() >= 0:
+            self._serve(program.byte(), short=program.byte() < 8)
+
+    def settle(self) -> None:
+        if self.peer.fileno() >= 0:
+            self._serve(0)
+
+    def _serve(self, size: int, *, short: bool = False) -> None:
+        try:
+            while request := self.peer.recv(1 << 18):
+                _, opcode, unique, *_ = IN_HEADER.unpack_from(request)
+                if opcode not in SILENT:
+                    answer = OUT_HEADER.pack(OUT_HEADER.size + size, 0, unique) + bytes(size)
+                    self.peer.send(answer[:5] if short else answer)
+        except OSError:
+            pass
+
+    def close(self) -> None:
+        super().close()
+        self.peer.close()
+
+
 WORLDS: dict[str, type[World]] = {
     "rng": RngWorld,
     "balloon": BalloonWorld,
     "console": ConsoleWorld,
     "blk": BlkWorld,
     "vsock": VsockWorld,
+    "fs": FsWorld,
     "net": NetWorld,
     "net-stream": NetStreamWorld,
 }
