@@ -69,7 +69,7 @@ def markdown(found: dict[str, Values], facts: dict[str, str]) -> str:
         "taken in the lab. Reported, never asserted.",
         "",
         f"Taken {facts['taken']} on {facts['processor']}, {facts['memory']}, {facts['system']}, Python {facts['python']}.",
-        f"Load average before: {facts['load']}. {facts['runs']} forks, 5 ms apart; {reset['count']:,} resets.",
+        f"Load average before: {facts['load']}. {facts['runs']} forks, 20 ms apart; {reset['count']:,} resets.",
         "",
         "| figure | measured | reach |",
         "| --- | --- | --- |",

@@ -168,7 +168,7 @@ def forks(runs: int, touched: bool = False, hugepages: bool = False) -> dict[str
         for name, at in values["at"].items():
             found["steps"].setdefault(name, []).append(at / 1e3)
         if len(found["first"]) < runs:
-            parent.loop.timer(0.005, once)
+            parent.loop.timer(0.02, once)  # the last child is gone by then
         else:
             parent.loop.stop()
 

@@ -33,6 +33,10 @@ from posada.vmm.vcpu import Wanted
 from posada.vmm.virtio.blk import Blk
 
 
+FIRST_RUN = 0.0005
+"""Seconds that a child waits for its first vcpu's first exit before it goes on."""
+
+
 @dataclass(frozen=True)
 class Forked:
     """What the parent gets: a pid or an OSError for each child, and the seconds that its vcpus stood still."""
@@ -142,9 +146,10 @@ class Forker:
         for thread in machine.vcpus.threads:
             thread.after_fork()
             thread.start()
-        # A thread that only wakes up never wins the interpreter's lock against one that gives it up for microseconds.
-        for thread in machine.vcpus.threads:
-            thread.wait_entering()
+        # A thread that only wakes up never wins the interpreter's lock against one that gives it up for microseconds: let
+        # them have it until they stand in KVM_RUN. Most guests leave that at once.
+        for thread in machine.vcpus.threads[:1]:
+            thread.wait_first(FIRST_RUN)
 
 
 def freeze(machine: Machine) -> None:

@@ -113,8 +113,8 @@ class VcpuThread:
         self._begin = begin
         self._trace: deque[tuple[int, str]] | None = None
         self._ident = 0  # of its thread
-        self._entering = _thread.allocate_lock()
-        self._entering.acquire()
+        self._first = _thread.allocate_lock()
+        self._first.acquire()
 
     # called by others
 
@@ -129,9 +129,9 @@ class VcpuThread:
             # Not threading.Thread: its start() waits until the thread runs, and a forked child cannot afford it.
             self._ident = _thread.start_new_thread(self._main, ())
 
-    def wait_entering(self) -> None:
-        """After `start`, once: returns when it is about to enter KVM_RUN. It has the interpreter to itself until then."""
-        self._entering.acquire()
+    def wait_first(self, seconds: float) -> None:
+        """After `start`, once: returns when it has left KVM_RUN for the first time, or when that takes longer."""
+        self._first.acquire(timeout=seconds)
 
     def kick(self) -> None:
         """Make KVM_RUN return, now or at its next entry. Harmless at any time."""
@@ -181,7 +181,7 @@ class VcpuThread:
         """In a forked child, which has no other thread: NEW again, on the vcpu as the child has remade it."""
         self.state, self.wanted, self.held = State.NEW, Wanted.RUN, False
         self._kvm_run = self.vcpu.kvm_run
-        self._entering.acquire(blocking=False)
+        self._first.acquire(blocking=False)
         self._changed.forget()
         self._ident = 0
 
@@ -207,9 +207,9 @@ class VcpuThread:
                     if begun:
                         self._step()
                     else:
-                        if self._entering.locked():
-                            self._entering.release()
                         reason = self.vcpu.run()
+                        if self._first.locked():
+                            self._first.release()
                         self._begin()
                         begun = True
                         self._step(reason)
