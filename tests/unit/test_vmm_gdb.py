@@ -8,11 +8,11 @@ import socket
 import subprocess
 import threading
 from collections.abc import Iterator
-from contextlib import suppress
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from gdb_client import Client
 from kvm_kit import CODE, Running, Toy, counted, needs_kvm, wait_until
 
 from posada.errors import EngineError
@@ -61,38 +61,6 @@ def test_the_description_names_each_register_once_and_in_order() -> None:
 
 
 # toy guests
-
-
-class Client:
-    """As much of gdb as a test needs."""
-
-    def __init__(self, connection: socket.socket) -> None:
-        self.socket = connection
-        connection.settimeout(10)
-        self._decoder = Decoder()
-        self._waiting: list[bytes] = []
-
-    def send(self, payload: str | bytes) -> None:
-        self.socket.sendall(encode(payload.encode() if isinstance(payload, str) else payload))
-
-    def receive(self) -> str:
-        while not self._waiting:
-            data = self.socket.recv(65536)
-            assert data, "the stub has closed the connection"
-            for event in self._decoder.feed(data):
-                if isinstance(event, bytes):
-                    with suppress(BrokenPipeError):  # after the last reply the stub has gone
-                        self.socket.sendall(b"+")
-                    self._waiting.append(event)
-        return self._waiting.pop(0).decode()
-
-    def ask(self, payload: str | bytes) -> str:
-        self.send(payload)
-        return self.receive()
-
-    def register(self, name: str) -> int:
-        number = [register.name for register in REGISTERS].index(name)
-        return int.from_bytes(bytes.fromhex(self.ask(f"p{number:x}")), "little")
 
 
 class Debugged:
