@@ -108,7 +108,7 @@ class Serial:
 
     def _transmit(self, value: int) -> None:
         self._pending.append(value)
-        if self._ier & _IER_THRE:
+        if self._ier & _IER_THRE and not self._thre:  # else it knows: one edge per burst
             self._thre = True
             self._interrupt()
         if self._flusher is None:
