@@ -19,8 +19,14 @@ from posada.vmm.folder.server import Server
 
 PROGRAMS = int(os.environ.get("POSADA_FUZZ", "60"))
 
+ABSOLUTE = b"ABSOLUTE"
+"""Stands for the path of the file beside the folder. These tests may run as root and the code may be wrong: whatever a
+name reaches, were it followed, must be ours to lose.
+"""
+DEPTH = 8
+"""Directories between the folder and those of others: no more steps up than that are likely."""
 NAMES = st.sampled_from(
-    [b"file", b"sub", b"link", b"up", b"new", b"new2", b"..", b".", b"", b"/etc/passwd", b"../secret", b"sub/../.."]
+    [b"file", b"sub", b"link", b"up", b"new", b"new2", b"..", b".", b"", ABSOLUTE, b"../secret", b"sub/../.."]
 )
 NUMBERS = st.sampled_from([0, 1, 2, 3, 4, 5, 6, 0xFFFF_FFFF, (1 << 63), (1 << 64) - 1])
 WORDS = st.lists(st.integers(0, 8) | NUMBERS, max_size=9).map(
@@ -57,7 +63,8 @@ def snapshot(folder: Path) -> dict[str, object]:
 @given(requests=st.lists(REQUESTS, max_size=40), readonly=st.booleans())
 def test_whatever_a_guest_asks(requests: list[bytes], readonly: bool) -> None:
     with tempfile.TemporaryDirectory() as name:
-        root = Path(name)
+        root = Path(name, *"abcdefgh"[:DEPTH])
+        root.mkdir(parents=True)
         (root / "secret").write_text("not yours")
         shared = root / "shared"
         (shared / "sub").mkdir(parents=True)
@@ -68,7 +75,8 @@ def test_whatever_a_guest_asks(requests: list[bytes], readonly: bool) -> None:
         ours, theirs = socket.socketpair()
         with ours:
             server = Server(os.open(shared, os.O_PATH), theirs, readonly=readonly)
-            for request in requests:
+            for template in requests:
+                request = template.replace(ABSOLUTE, bytes(root / "secret"))
                 reply = server.handle(memoryview(request))
                 op = abi.IN_HEADER.unpack_from(request)[1]
                 assert (reply is None) == (op in (Op.FORGET, Op.INTERRUPT, Op.BATCH_FORGET))
