@@ -191,11 +191,24 @@ async def _ready(ours: socket.socket, mac: str, said: int) -> None:
     try:
         async with asyncio.timeout(_START_TIMEOUT):
             await loop.sock_sendall(ours, struct.pack(">I", len(request)) + request)
-            if await loop.sock_recv(ours, 4096):
-                return
+            # All of the answer: what is left of it would be taken for the beginning of the next frame.
+            (size,) = struct.unpack(">I", await _exactly(ours, 4))
+            await _exactly(ours, size)
+            return
     except TimeoutError:
         raise EngineError(f"passt is not ready after {_START_TIMEOUT:g} s") from None
     except OSError:
         pass  # it is gone
     lines = [line for line in os.read(said, 65536).decode(errors="replace").splitlines() if "syslog" not in line]
     raise EngineError("passt did not start", detail="\n".join(lines)[-500:])
+
+
+async def _exactly(sock: socket.socket, size: int) -> bytes:
+    """Raises OSError at the end of the stream."""
+    data = b""
+    while len(data) < size:
+        chunk = await asyncio.get_running_loop().sock_recv(sock, size - len(data))
+        if not chunk:
+            raise ConnectionResetError
+        data += chunk
+    return data
