@@ -3,7 +3,8 @@
 - `set_target` asks the guest to inflate or deflate; what it puts into the balloon is discarded. With deflate-on-oom a
   guest in need helps itself. Pages it takes back need no work: the host gives fresh ones when they are touched.
 - Free page reporting: the guest tells which pages it does not use, without being asked; they are discarded too.
-- Statistics: the driver leaves one buffer with us; giving it back (`poll`) makes it come again, filled anew.
+- Statistics: the driver leaves one buffer with us; giving it back (`poll`) makes it come again, filled anew. That is done
+  whenever somebody reads them, not by a timer: an idle machine stays idle.
 
 A discarded page keeps nothing (see `GuestMemory.discard`), which is why PAGE_POISON is not offered: a guest that counts
 on the content of free pages then doesn't report them.
@@ -73,6 +74,8 @@ class Balloon(Device):
             self.signal(queue)
 
     def metrics(self) -> dict[str, int]:
+        """The statistics are the last ones we got; this asks for newer ones."""
+        self.poll()
         return {
             "target_pages": self._target,
             "actual_pages": self._actual,
