@@ -54,6 +54,16 @@ async def test_a_debugger_looks_into_a_jailed_machine_and_leaves(kit: Kit) -> No
         engine.reap(launch.runtime)
 
 
+def listening(pid: int, port: int) -> set[str]:
+    """The socket that listens at ``port``, as a process's descriptor shows it."""
+    lines = [line.split() for line in Path(f"/proc/{pid}/net/tcp").read_text().splitlines()[1:]]
+    return {f"socket:[{line[9]}]" for line in lines if line[1] == f"0100007F:{port:04X}" and line[3] == "0A"}
+
+
+def held(pid: int) -> set[str]:
+    return {os.readlink(fd) for fd in Path(f"/proc/{pid}/fd").iterdir()}
+
+
 async def debugged(kit: Kit, engine: KvmEngine, running: Running) -> None:
     runtime = Path(running.runtime)
     assert await count(runtime, b"+") == 1
@@ -68,6 +78,17 @@ async def debugged(kit: Kit, engine: KvmEngine, running: Running) -> None:
     assert seen["step"] == "T05thread:1;"
     assert seen["next"] != seen["rip"]
     assert await count(runtime, b"+") == 2  # it runs on
+    (child,) = (await engine.fork(running, [inherits := kit.launch()], [])).children
+    assert isinstance(child, Running)
+    try:
+        assert await count(Path(child.runtime), b"+") == 3
+        ours = listening(os.getpid(), port)
+        assert ours, "the source listens no more"
+        assert ours & held(running.process.pid)
+        assert not ours & held(child.process.pid)
+    finally:
+        await engine.kill(child)
+        engine.reap(inherits.runtime)
     attached = await asyncio.to_thread(socket.create_connection, ("127.0.0.1", port))
     with attached:
         client = Client(attached)

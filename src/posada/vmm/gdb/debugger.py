@@ -42,6 +42,9 @@ class Debugging:
         self._listener: _socket.socket | None = None
         self._server: GdbServer | None = None
         self._before: list[OnExit] = []
+        self._copying = 0
+        """Copies asked for and not made yet: nobody attaches before they are."""
+        os.register_at_fork(after_in_child=self._in_child)
 
     @property
     def attached(self) -> bool:
@@ -63,21 +66,28 @@ class Debugging:
         def guarded(call: Call) -> Result | None:
             if self.attached:
                 raise EngineError("a debugger is attached, and its breakpoints lie in memory", hint="detach it first")
-            process = os.getpid()
+            self._copying += 1
             try:
                 return handler(call)
             finally:
-                if os.getpid() != process:  # a forked child
-                    self._close_listener()
+                self._machine.loop.soon(self._copied)  # after what the handler itself puts off (`Loop.soon`)
 
         return guarded
+
+    def _copied(self) -> None:
+        self._copying -= 1
+
+    def _in_child(self) -> None:
+        """Right after fork(2): the loop's epoll is still the parent's, so the socket is given up when it has its own."""
+        if self._listener is not None:
+            self._machine.loop.soon(self._close_listener)
 
     def _accept(self, _: int) -> None:
         try:
             fd, _address = self._listener._accept()  # type: ignore[union-attr]
         except OSError:
             return
-        if self.attached:
+        if self.attached or self._copying:
             os.close(fd)
             return
         threads = self._machine.vcpus.threads
