@@ -2,6 +2,9 @@
 
 The driver queues writable buffers; the device fills them with the host's random bytes. No features, no configuration,
 no state: a saved machine gets fresh bytes from the host it wakes up on.
+
+A new device is a file like this one, a line in `posada.vmm.builder.devices`, a test with `FakeDriver`, and a world in
+tests/fuzz/virtio_worlds.py. What it may do and must do stands in `posada.vmm.virtio.device`.
 """
 
 from __future__ import annotations
