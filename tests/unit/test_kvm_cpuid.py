@@ -95,6 +95,8 @@ def test_a_host_that_lacks_a_feature_is_named_by_its_bit() -> None:
     assert missing_features(saved, rich) == []
     assert missing_features(saved, poor) == ["0x1.ecx.28", "0x7.ebx.16"]
     assert missing_features(guest_cpuid(poor, 0, 2), rich) == []
+    rich[0].ebx = 0x756E6547
+    assert missing_features(saved, rich) == ["vendor"]
 
 
 @needs_kvm

@@ -46,11 +46,14 @@ def guest_cpuid(
 def missing_features(wanted: Sequence[CpuidEntry], supported: Sequence[CpuidEntry]) -> list[str]:
     """Feature bits that a saved guest saw and this host does not offer, as ``leaf[.sub-leaf].register.bit``.
 
+    Another maker's processor is ``vendor``: guests choose instructions by it once, when they boot.
     A guest must not be restored or migrated here unless the list is empty. ``supported`` is `System.supported_cpuid`.
     """
     here = {(e.function, e.index): e for e in guest_cpuid(supported, 0, 1, nested=True)}
     lost = []
     for entry in wanted:
+        if entry.function == 0 and (entry.ebx, entry.ecx, entry.edx) != _vendor(here.get((0, 0))):
+            lost.append("vendor")
         registers = _FEATURES.get((entry.function, entry.index), ())
         ours = here.get((entry.function, entry.index))
         for name in registers:
@@ -60,6 +63,10 @@ def missing_features(wanted: Sequence[CpuidEntry], supported: Sequence[CpuidEntr
             sub = f".{entry.index}" if entry.flags & CPUID_INDEXED else ""
             lost += [f"{entry.function:#x}{sub}.{name}.{bit}" for bit in range(32) if bits >> bit & 1]
     return lost
+
+
+def _vendor(entry: CpuidEntry | None) -> tuple[int, int, int]:
+    return (entry.ebx, entry.ecx, entry.edx) if entry else (0, 0, 0)
 
 
 def _bits(count: int) -> int:
