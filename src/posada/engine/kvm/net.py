@@ -34,6 +34,13 @@ _NETWORK = (
 )  # fmt: skip
 
 
+#: Bytes that may wait in the socket on their way to the guest, and back. passt drops what finds no room, and its answer to
+#: a loss is to send everything since again: with the kernel's default of 208 KiB a guest that is slow for a moment, or
+#: a monitor, has a stream at a tenth of its rate, and a window of TCP must fit. Not everybody may have so much.
+_BUFFER = 4 << 20
+_SO_SNDBUFFORCE = 32  # socket(7); Python does not name it
+
+
 class Network:
     """The network of one machine: descriptors for its NICs, and the ports that are forwarded."""
 
@@ -141,6 +148,8 @@ async def serve(uuid: str, mac: str, wanted: Sequence[PortRecord]) -> Network:
     for left in range(_TRIES, 0, -1):
         ports = [choose(port) for port in wanted]
         ours, theirs = socket.socketpair()
+    for end in (ours, theirs):
+        _widen(end)
         with contextlib.ExitStack() as undo:
             undo.callback(ours.close)
             with theirs:
