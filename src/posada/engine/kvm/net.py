@@ -32,8 +32,6 @@ _NETWORK = (
     "--ipv4-only", "--address", _GUEST, "--netmask", "24", "--gateway", _GATEWAY, "--dns-forward", "10.0.2.3",
     "--mtu", "1500", "--no-dhcp-search", "--quiet", "--foreground",
 )  # fmt: skip
-
-
 #: Bytes that may wait in the socket on their way to the guest, and back. passt drops what finds no room, and its answer to
 #: a loss is to send everything since again: with the kernel's default of 208 KiB a guest that is slow for a moment, or
 #: a monitor, has a stream at a tenth of its rate, and a window of TCP must fit. Not everybody may have so much.
@@ -148,8 +146,8 @@ async def serve(uuid: str, mac: str, wanted: Sequence[PortRecord]) -> Network:
     for left in range(_TRIES, 0, -1):
         ports = [choose(port) for port in wanted]
         ours, theirs = socket.socketpair()
-    for end in (ours, theirs):
-        _widen(end)
+        for end in (ours, theirs):
+            _widen(end)
         with contextlib.ExitStack() as undo:
             undo.callback(ours.close)
             with theirs:
@@ -164,6 +162,13 @@ async def serve(uuid: str, mac: str, wanted: Sequence[PortRecord]) -> Network:
                 continue
             return Network([os.dup(ours.fileno())], ports)
     raise EngineError("no free port could be had")
+
+
+def _widen(end: socket.socket) -> None:
+    try:
+        end.setsockopt(socket.SOL_SOCKET, _SO_SNDBUFFORCE, _BUFFER)
+    except PermissionError:
+        end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _BUFFER)  # as much as net.core.wmem_max allows
 
 
 def arguments(ports: Sequence[PortRecord], fd: int, uid: int | None) -> list[str]:
