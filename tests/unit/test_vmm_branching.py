@@ -103,6 +103,7 @@ def test_a_machine_is_migrated_on_request() -> None:
     thread.start()
     answer = ask(machine, branching, Op.MIGRATE, [ours.detach(), PageMap.open().fd], fd=0, pause=0.1, pagemap=1)
     thread.join()
+    assert isinstance(answer, dict), answer
     assert answer["bytes"] > 0 and answer["pause"] < 5 and answer["rounds"] >= 1
     assert machine.state.value == "paused" and counter(machine) == arrived[0]
     machine.close()

@@ -16,7 +16,7 @@ class Link:
 
     @staticmethod
     def frame(kind: Kind, body: bytes = b"") -> list[memoryview]:
-        return [memoryview(migration.header(kind, len(body))), memoryview(body)]
+        return [memoryview(migration.header(kind, len(body)) + body)]
 
     def send(self, buffers: Sequence[memoryview]) -> None:
         """Raises EngineGone."""
