@@ -11,8 +11,9 @@ A guest of six bytes of real-mode code, which writes one character to the serial
     >>> memory[:6] = bytes.fromhex("baf803" "b021" "ee") # mov dx, 0x3f8; mov al, '!'; out dx, al
     >>> memory[6:7] = b"\\xf4"                            # hlt
     >>> with System.open() as system, system.create_vm() as vm:
-    ...     page = ctypes.c_char.from_buffer(memory)
-    ...     vm.set_memory(slot=0, guest_phys=0x1000, size=4096, address=ctypes.addressof(page))
+    ...     page = ctypes.c_char.from_buffer(memory)  # SAFETY: `memory` outlives the vm
+    ...     address = ctypes.addressof(page)  # SAFETY: see above
+    ...     vm.set_memory(slot=0, guest_phys=0x1000, size=4096, address=address)
     ...     with vm.create_vcpu(0) as vcpu:
     ...         sregs, regs = vcpu.get_sregs(), vcpu.get_regs()
     ...         sregs.cs.base = sregs.cs.selector = 0
