@@ -30,8 +30,8 @@ SECTIONS: dict[str, str] = {
     "The host": "Host Images Image Operations Operation Events Check RecoverReport Progress",
     "Specs": "make_spec spec_from_yaml spec_from_json spec_to_yaml spec_to_json MachineSpec DiskSpec NicSpec PortSpec "
     "DirectKernel CloudInit Limits",
-    "Records": "State VmRecord SnapshotRecord SnapshotKind ImageRecord OperationRecord OperationState PortRecord Event Inspection Usage "
-    "Capabilities Feature Verdict",
+    "Records": "State VmRecord SnapshotRecord SnapshotKind ImageRecord OperationRecord OperationState PortRecord Event "
+    "Inspection Usage Capabilities Feature Verdict",
 }
 
 INTRO = """\
