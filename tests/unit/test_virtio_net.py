@@ -176,6 +176,27 @@ def test_the_guest_waits_for_the_network(stack: ExitStack) -> None:
     assert card.device.metrics()["dropped_packets"] == 0
 
 
+@pytest.mark.parametrize("another", [False, True])
+def test_what_waits_for_a_network_that_goes(stack: ExitStack, another: bool) -> None:
+    card = Card(stack)
+    for _ in range(20):
+        card.send(bytes(60000))
+    waiting = 20 - len(card.driver.collect(TX))
+    assert waiting > 5
+    if another:
+        ours, peer = socket.socketpair()
+        stack.enter_context(peer)
+        peer.setblocking(False)
+        card.device.reopen({"kind": "passt", "fd": ours.detach()})
+        drain(peer, card, waiting * 60004)
+    else:
+        card.peer.close()
+    card.driver.until(lambda: not card.device._backend or not card.device._backend.waiting)
+    card.driver.spin()
+    assert len(card.driver.collect(TX)) == waiting
+    assert card.driver.kick_wanted(TX)
+
+
 def test_packets_that_are_none_are_dropped(stack: ExitStack) -> None:
     card = Card(stack)
     for frame in (b"", b"short", os.urandom(MAX_FRAME + 1)):

@@ -121,7 +121,7 @@ class Net(Device):
         same one (docs/AGENT-PROTOCOL.md, `identity.reset`). "renew" (default: for a tap, which others are on too): the
         link goes down and, once the guest has seen that, up again, so that whoever watches it asks for a lease anew.
         """
-        self.close()
+        self._unplug()
         self._mac = parse_mac(given["mac"]) if "mac" in given else self._mac
         kind = given.get("kind", "none")
         kind_name = getattr(kind, "value", kind)
@@ -315,8 +315,14 @@ class Net(Device):
 
     def _hang_up(self, error: Gone) -> None:
         sys.stderr.write(f"{self.name}: {error}; its link is down\n")
-        self.close()
+        self._unplug()
         self.config_changed()
+
+    def _unplug(self) -> None:
+        self.close()
+        self._full = False
+        if self.active:
+            self.transport.again(TX)  # what waited for this network is dropped, or goes to the next
 
 
 def parse_mac(text: str) -> bytes:
