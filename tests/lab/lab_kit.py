@@ -53,7 +53,8 @@ ENVIRONMENT = {
 }
 
 #: Done once, before the snapshot. Modules are loaded here: the agent, which is init, loads only those of the boot. Nobody
-#: else gives /dev/kvm to the group it has on every installed system.
+#: else gives /dev/kvm to the group it has on every installed system. No huge pages: when khugepaged moves a guest's pages,
+#: QEMU's emulation of nested paging has been seen to go on with the old ones.
 SETUP = f"""
 set -e
 modprobe kvm_amd 2>/dev/null || modprobe kvm_intel
@@ -61,6 +62,7 @@ for module in tun vhost_net vhost_vsock; do modprobe $module; done
 groupadd --system --force kvm
 chgrp kvm /dev/kvm
 chmod 660 /dev/kvm
+echo never > /sys/kernel/mm/transparent_hugepage/enabled
 mkdir -p {DATA} {HOME}/images /run/posada
 chmod 700 {HOME} /run/posada
 mount -o ro /dev/vdb {DATA}
