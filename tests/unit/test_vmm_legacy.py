@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from posada.errors import StateError
+from posada.vmm.bus import Bus
 from posada.vmm.legacy import power
 from posada.vmm.legacy.power import Event, KeyboardReset, PowerRegisters
 from posada.vmm.legacy.rtc import Rtc
@@ -207,3 +210,33 @@ def test_keyboard_reset() -> None:
     assert seen == []
     keyboard.write(0, 1, 0xFE)
     assert seen == ["reset"]
+
+
+ACCESSES = st.lists(
+    st.tuples(
+        st.sampled_from([*range(0x3F8, 0x400), 0x64, 0x70, 0x71, *range(0x600, 0x604)]),
+        st.sampled_from([1, 2, 4]),
+        st.none() | st.integers(0, 0xFFFF_FFFF),
+    ),
+    max_size=60,
+)
+
+
+@given(ACCESSES, st.binary(max_size=8))
+def test_whatever_a_guest_does_to_the_ports(accesses: list[tuple[int, int, int | None]], typed: bytes) -> None:
+    loop, bus = Loop(), Bus()
+    serial, rtc = Serial(loop, lambda: None, lambda data: None), Rtc()
+    registers = PowerRegisters(lambda: None, lambda: None, lambda: None)
+    bus.add(0x3F8, 8, serial)
+    bus.add(0x64, 1, KeyboardReset(lambda: None))
+    bus.add(0x70, 2, rtc)
+    bus.add(0x600, power.SIZE, registers)
+    serial.feed(typed)
+    for port, size, value in accesses:
+        if value is None:
+            bus.read(port, size).to_bytes(size, "little")
+        else:
+            bus.write(port, size, value & (1 << 8 * size) - 1)
+    for device in (serial, rtc, registers):
+        device.load(device.save())
+    loop.close()

@@ -158,3 +158,28 @@ def test_a_forked_child_has_the_watches_and_the_parent_keeps_its_own(loop: Loop,
     assert seen == [os.getpid()]
     for fd in done:
         os.close(fd)
+
+
+def test_timers_of_other_threads_are_never_lost(loop: Loop) -> None:
+    """While the loop drops cancelled ones, as the serial port of a talking guest makes and cancels them."""
+    fired = 0
+    count = 300
+
+    def note() -> None:
+        nonlocal fired
+        fired += 1
+
+    def make() -> None:
+        for _ in range(count):
+            with loop.lock:
+                loop.timer(0, lambda: None).cancel()
+                loop.timer(0, note)
+        loop.soon(lambda: loop.timer(0.001, loop.stop))
+
+    threads = [threading.Thread(target=make)]
+    for thread in threads:
+        thread.start()
+    loop.run()
+    for thread in threads:
+        thread.join()
+    assert fired == count

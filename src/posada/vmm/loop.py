@@ -86,7 +86,9 @@ class Loop:
         self._stopping = False
         while not self._stopping:
             self._awake = False
-            ready = self._epoll.poll(self._timeout())
+            with self.lock:  # vcpus make timers
+                wait = self._timeout()
+            ready = self._epoll.poll(wait)
             self._awake = True
             with self.lock:
                 for fd, events in ready:
