@@ -47,6 +47,23 @@ class Memory:
         self.map[gpa : gpa + len(data)] = data
 
 
+_KEPT: list[Vm | Vcpu] = []
+
+
+def keep_kvm_on(system: System) -> None:
+    """One vm with and one without an irqchip, for as long as the tests run.
+
+    The first vm of a host turns virtualisation on, and each kind of vcpu that comes or goes as its first or last has the
+    kernel patch its own code (static keys). In a lab, an emulated machine, hundreds of that hung its processors.
+    """
+    if not _KEPT:
+        for irqchip in (False, True):
+            vm = system.create_vm()
+            if irqchip:
+                vm.create_irqchip()
+            _KEPT.extend((vm, vm.create_vcpu(0)))
+
+
 class Toy:
     """A vm of a few pages with ``cpus`` vcpus; the first starts at `CODE`, in real mode or in long mode ring 0."""
 
@@ -66,6 +83,7 @@ class Toy:
         self.memory = memory or Memory(size)
         if code:
             self.memory.write(CODE, code)
+        keep_kvm_on(system)
         self.vm = system.create_vm()
         self.vm.set_memory(0, 0, self.memory.size, self.memory.address, flags)
         if irqchip:
