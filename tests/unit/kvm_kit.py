@@ -223,11 +223,11 @@ class Ends:
 class Running:
     """A toy with its threads."""
 
-    def __init__(self, toy: Toy, pio: Any = None, mmio: Any = None, ends: Any = None) -> None:
+    def __init__(self, toy: Toy, pio: Any = None, mmio: Any = None, ends: Any = None, lock: Any = None) -> None:
         self.toy = toy
         self.pio, self.mmio = pio or RecordingBus(), mmio or RecordingBus()
         self.ends = ends or Ends()
-        self.lock = threading.RLock()
+        self.lock = lock or threading.RLock()
         self.vcpus = Vcpus(
             VcpuThread(vcpu, i, self.pio, self.mmio, self.lock, self.ends) for i, vcpu in enumerate(toy.vcpus)
         )

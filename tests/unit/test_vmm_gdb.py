@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import select
 import shutil
 import socket
 import subprocess
@@ -12,21 +11,20 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from gdb_client import Client
+from gdb_client import Client, Debugged
 from kvm_kit import CODE, Running, Toy, counted, needs_kvm, wait_until
 
 from posada.errors import EngineError
 from posada.kvm import Exit, System
-from posada.kvm.exits import DebugExit, ExitData, InternalError, Plain
+from posada.kvm.exits import DebugExit, InternalError, Plain
 from posada.proto.monitor import Op
 from posada.vmm.control import Given
 from posada.vmm.gdb.debugger import Debugging
 from posada.vmm.gdb.layout import REGISTERS, SIZE, target_xml
 from posada.vmm.gdb.packet import MAX_PACKET, Decoder, Mark, encode
-from posada.vmm.gdb.server import GdbServer
 from posada.vmm.gdb.target import Stop
 from posada.vmm.loop import Loop
-from posada.vmm.vcpu import State, VcpuThread
+from posada.vmm.vcpu import State
 
 # the packet layer
 
@@ -61,50 +59,6 @@ def test_the_description_names_each_register_once_and_in_order() -> None:
 
 
 # toy guests
-
-
-class Debugged:
-    """A toy, its loop on a thread, and a stub with a client connected."""
-
-    def __init__(self, toy: Toy, wrap: bool = True) -> None:
-        self.loop = Loop()
-        self.machine = Running(toy, ends=self.exited)
-        self.other: list[Any] = []
-        self.server: GdbServer | None = None
-        self.gone = threading.Event()
-        for thread in self.machine.vcpus.threads:
-            thread._lock = self.loop.lock
-            thread._changed = threading.Condition(self.loop.lock)
-        self.machine.vcpus.start()
-        self.runner = threading.Thread(target=self.loop.run, daemon=True)
-        self.runner.start()
-        self.ours, theirs = socket.socketpair()
-        attached = threading.Event()
-
-        def attach() -> None:
-            self.server = GdbServer(self.loop, self.machine.vcpus, toy.memory, theirs.detach(), self.gone.set)
-            attached.set()
-
-        self.loop.soon(attach)
-        assert attached.wait(10)
-        self.client = Client(self.ours)
-
-    def exited(self, thread: VcpuThread, what: ExitData | Exception) -> bool:
-        answer = self.server.exited(thread, what) if self.server else None
-        if answer is None:
-            self.other.append(what)
-        return bool(answer)
-
-    def readable(self) -> bool:
-        return bool(select.select([self.ours], [], [], 0)[0])
-
-    def close(self) -> None:
-        self.ours.close()
-        assert self.gone.wait(10)
-        self.loop.stop()
-        self.runner.join(10)
-        self.machine.close()
-        self.loop.close()
 
 
 @pytest.fixture(scope="module")
@@ -415,10 +369,7 @@ def test_gdb_itself(debugged: Any) -> None:
 def test_a_machine_listens_on_request_and_is_not_copied_meanwhile(system: System) -> None:
     toy = Toy(system, SPIN, long_mode=True)
     loop = Loop()
-    with Running(toy) as machine:
-        for thread in machine.vcpus.threads:
-            thread._lock = loop.lock
-            thread._changed = threading.Condition(loop.lock)
+    with Running(toy, lock=loop.lock) as machine:
         machine.vcpus.start()
         owner: Any = SimpleNamespace(loop=loop, vcpus=machine.vcpus, memory=toy.memory)
         debugging = Debugging(owner)
@@ -432,6 +383,7 @@ def test_a_machine_listens_on_request_and_is_not_copied_meanwhile(system: System
         assert handlers[Op.FORK](call) == {"forked": True}
         runner = threading.Thread(target=loop.run, daemon=True)
         runner.start()
+        wait_until(lambda: not debugging._copying, "the copy is not done")
         for _ in range(2):  # one after the other
             with socket.socket(socket.AF_UNIX) as connection:
                 connection.connect(name)
