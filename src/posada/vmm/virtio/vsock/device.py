@@ -99,6 +99,8 @@ class Vsock(Device):
         self._close_doors()
         self._cid = state.integer(given, "cid", 3, 0xFFFF_FFFE, self._cid)
         self._set_doors(given.get("listeners", ()), given.get("connect", -1))
+        # Before the guest hears of the reset: it reads its new address then, perhaps without an exit to us.
+        self.config_changed()
         self._reset_event.want()
         if self.active:
             self.activate()
