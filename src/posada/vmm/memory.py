@@ -113,6 +113,13 @@ class GuestMemory:
                 return view[offset : offset + length]
         raise BadAddress(address, length)
 
+    def views(self, addresses: list[int], lengths: list[int]) -> list[memoryview] | None:
+        """`view` of each pair, in one go if all of them lie in low memory; None otherwise: ask for each."""
+        if max(addresses) + max(lengths) > self._low_size:
+            return None
+        low = self._low
+        return [low[address : address + length] for address, length in zip(addresses, lengths, strict=True)]
+
     def read(self, address: int, length: int) -> bytes:
         """A copy. Raises BadAddress."""
         return bytes(self.view(address, length))

@@ -48,10 +48,13 @@ class File:
     def length(self) -> int:
         return os.lseek(self.fd, 0, os.SEEK_END)
 
-    def readv(self, offset: int, buffers: Buffers, wait: bool = True) -> None:
-        """Fill ``buffers``, with zeros where the file has ended. Raises `Cold` if that takes waiting and may not."""
+    def readv(self, offset: int, buffers: Buffers, length: int, wait: bool = True) -> None:
+        """Fill ``buffers``, ``length`` bytes in all, with zeros where the file has ended.
+
+        Raises `Cold` if that takes waiting and may not.
+        """
+        wanted = length
         if len(buffers) <= _IOV_MAX:
-            wanted = sum(map(len, buffers))
             flags = 0 if wait else self._now
             try:
                 got = os.preadv(self.fd, buffers, offset, flags)
@@ -73,8 +76,9 @@ class File:
                 return
         for at in range(0, len(buffers), _IOV_MAX):
             part = buffers[at : at + _IOV_MAX]
-            offset += total(part)
-            self.readv(offset - total(part), part)
+            length = total(part)
+            self.readv(offset, part, length)
+            offset += length
 
     def writev(self, offset: int, buffers: Buffers) -> None:
         """Write all of ``buffers``; the file grows if need be."""
@@ -95,7 +99,7 @@ class File:
     def read(self, offset: int, length: int) -> bytearray:
         """``length`` bytes, zeros where the file has ended. The caller bounds ``length``."""
         out = bytearray(length)
-        self.readv(offset, [memoryview(out)])
+        self.readv(offset, [memoryview(out)], length)
         return out
 
     def write(self, offset: int, data: bytes | bytearray | memoryview) -> None:

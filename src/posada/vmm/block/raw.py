@@ -26,9 +26,10 @@ class RawDisk:
             raise ImageError(f"a block device of {length} bytes cannot be a disk of {self.size}")
 
     def read(self, offset: int, buffers: Buffers, wait: bool = True) -> None:
-        if offset < 0 or offset + sum(map(len, buffers)) > self.size:
+        length = sum(map(len, buffers))
+        if offset < 0 or offset + length > self.size:
             raise beyond_end()
-        self.file.readv(offset, buffers, wait)
+        self.file.readv(offset, buffers, length, wait)
 
     def write(self, offset: int, buffers: Buffers) -> None:
         self._check(offset, total(buffers))

@@ -23,6 +23,7 @@ instructions*). tests/unit/test_virtio_queue.py looks for the instruction. On ar
 from __future__ import annotations
 
 import _thread
+from array import array
 from collections.abc import Callable, Sequence
 from struct import Struct
 from typing import Any
@@ -43,6 +44,11 @@ NO_INTERRUPT = 1  # avail.flags
 DESCRIPTOR = Struct("<QIHH")  # address, length, flags, next
 _USED = Struct("<II")  # head, bytes written
 
+_LONG = 8  # descriptors in an indirect table
+# Flags and next of all descriptors but the last, in such a table as drivers make it, and of the last.
+_ASKS = array("I", (at << 16 | NEXT for at in range(1, MAX_CHAIN))).tobytes()
+_ANSWERS = array("I", (at << 16 | (NEXT | WRITE if at > 1 else NEXT) for at in range(1, MAX_CHAIN))).tobytes()
+_LAST = array("I", [WRITE]).tobytes()
 _MAX_BYTES = (1 << 32) - 1  # section 2.7.4: no chain is longer, its length must fit into the used ring
 
 
@@ -310,6 +316,8 @@ class Queue:
                 if length & 15 or not 1 <= count <= MAX_CHAIN - len(readable) - len(writable):
                     raise QueueError(f"queue {self.index}: an indirect table of {length} bytes")
                 table, left, index = view(address, length), count, 0
+                if count >= _LONG and not (places or readable or writable) and self._walk_straight(chain, table, count):
+                    return
                 continue
             total += length
             if flags & WRITE:
@@ -327,6 +335,27 @@ class Queue:
                 raise QueueError(f"queue {self.index}: a chain that is a loop")
         if total > _MAX_BYTES:
             raise QueueError(f"queue {self.index}: a chain of {total} bytes")
+
+    def _walk_straight(self, chain: Chain, table: memoryview, count: int) -> bool:
+        """`_walk` for a long indirect table as drivers write it: first to last, in low memory. False: look again, closely.
+
+        Three times as fast: a request of 1 MiB often has 256 buffers.
+        """
+        words = table.cast("I")
+        addresses, lengths, links = table.cast("Q")[::2].tolist(), words[2::4].tolist(), words[3::4].tobytes()
+        if links[-4:] != _LAST or sum(lengths) > _MAX_BYTES:
+            return False
+        if links[:-4] == _ANSWERS[: len(links) - 4]:  # a header, then room for the answer
+            first = 1
+        elif links[:-4] == _ASKS[: len(links) - 4]:  # all of it readable but the status
+            first = count - 1
+        else:
+            return False
+        views = self.memory.views(addresses, lengths)
+        if views is None:
+            return False
+        chain.readable, chain.writable = views[:first], views[first:]
+        return True
 
     def _touch_ring(self) -> None:
         if self.written is not None:

@@ -99,7 +99,7 @@ class Qcow2Disk:
             host += offset & self._inside
             if host + length > self.image.end:
                 self.image.check_cluster(host, length, writing=False)
-            self.file.readv(host, buffers, wait)
+            self.file.readv(host, buffers, length, wait)
         elif host & COMPRESSED:
             start = offset & self._inside
             _fill(buffers, memoryview(self.clusters.compressed.read(entry))[start:])
