@@ -35,7 +35,8 @@ def facts(runtime: Path | None = None) -> Facts:
     if found is None:
         rate, useful, words = kvm_rate()
         found = Facts(key=key, rate=rate, useful=useful, words=words)
-        common.remember(cache, found)
+        if rate or not DEVICE.exists():  # what could not be measured now can be later
+            common.remember(cache, found)
     return found
 
 
