@@ -10,6 +10,7 @@ import pytest
 from vsock_kit import CID, PORT, Door, Guest, clean_up
 
 from posada.errors import StateError
+from posada.vmm.virtio.mmio import CONFIG
 from posada.vmm.virtio.testing import FakeDriver
 from posada.vmm.virtio.vsock import Vsock
 from posada.vmm.virtio.vsock.device import EVENT, MAX_STREAMS
@@ -221,3 +222,23 @@ def test_closing_is_idempotent() -> None:
     guest.device.close()
     guest.device.close()
     assert guest.ended(client)
+
+
+def test_a_fork_reads_its_new_address_as_soon_as_it_hears_of_the_reset() -> None:
+    """The registers may be memory to the guest: whatever it is told, they must say it already."""
+    guest = Guest()
+    page = guest.driver.transport._page
+    seen: list[int] = []
+    raise_line = guest.driver.transport._interrupt
+
+    def interrupted() -> None:
+        guest.events += len(guest.driver.collect(EVENT))
+        if guest.events:
+            seen.append(int.from_bytes(page[CONFIG : CONFIG + 8], "little"))
+        raise_line()
+
+    guest.driver.transport._interrupt = interrupted
+    channel = Door()
+    guest.device.reopen({"cid": 9, "listeners": [(PORT, channel.fd)], "connect": -1})
+    guest.driver.until(lambda: guest.events)
+    assert set(seen) == {9}
