@@ -311,6 +311,9 @@ def test_monitor_commands(debugged: Any) -> None:
 @needs_kvm
 @pytest.mark.skipif(shutil.which("gdb") is None, reason="gdb is not installed")
 def test_gdb_itself(debugged: Any) -> None:
+    probe = debugged(SPIN)
+    assert probe.client.ask("Z0,1008,1") == "OK"
+    run_to_breakpoint(probe, "swbreak:;")  # or skip: gdb would wait for it
     with_gdb = debugged(SPIN)
     here, there = with_gdb.client.socket, socket.socket(socket.AF_INET)
     there.bind(("127.0.0.1", 0))
