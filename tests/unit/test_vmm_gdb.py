@@ -130,6 +130,7 @@ def test_registers_and_memory_are_read_and_written(debugged: Any) -> None:
 
 def run_to_breakpoint(with_gdb: Debugged, reply: str) -> None:
     """Continue and expect a software breakpoint, where the processor can make an exit of one."""
+    assert with_gdb.client.ask("QStartNoAckMode") == "OK"  # what comes next is the stop
     with_gdb.client.send("vCont;c")
     wait_until(lambda: with_gdb.readable() or bool(with_gdb.other), "nothing stops it")
     if with_gdb.other:
