@@ -107,6 +107,11 @@ def test_the_guest_is_told() -> None:
     assert child_["generation"] == "0" * 31 + "1" and child_["cid"] == 100
 
 
+def mapped_vcpus() -> int:
+    with open("/proc/self/maps") as maps:
+        return sum("kvm-vcpu" in line for line in maps)
+
+
 def test_a_child_has_nothing_of_its_parents() -> None:
     """No descriptor of the child is one of the parent's, but /dev/kvm and what this test itself opened."""
 
@@ -122,7 +127,7 @@ def test_a_child_has_nothing_of_its_parents() -> None:
     looked = mmap.mmap(-1, 4096)  # shared by all of them
 
     def body(report: Report) -> None:
-        before = descriptors()
+        before, kept = descriptors(), mapped_vcpus()  # other tests keep vms
         machine, _ = toy()
         control, console = opened()
         machine.control.after_fork(control)
@@ -137,8 +142,7 @@ def test_a_child_has_nothing_of_its_parents() -> None:
         machine.loop.soon(lambda: outcome.append(forker.fork(list(map(Child, configs)))))
         spin(machine, lambda: bool(outcome))
         keys = descriptors() - before
-        with open("/proc/self/maps") as maps:
-            vcpus = sum("kvm-vcpu" in line for line in maps)
+        vcpus = mapped_vcpus() - kept
         who = "parent" if outcome[0] else machine.config.name
         report(who=who, keys=sorted(keys), vcpus=vcpus)
         # Nobody ends before all have looked: the kernel gives an eventfd's number away again.
