@@ -13,8 +13,8 @@ demo:  ## build a Debian guest; run, snapshot, fork, restore it; say how long ea
 	@scripts/bootstrap
 	@$(PY) scripts/demo.py
 
-test: lint  ## lint, then every test
-	$(PY) -m pytest $(PYTEST_ARGS)
+test: lint  ## lint, then every test but those in a lab (make lab)
+	$(PY) -m pytest -m "not lab" $(PYTEST_ARGS)
 
 unit:  ## the tests that start no guest; seconds
 	@scripts/bootstrap dev
