@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import socket
 import tempfile
@@ -61,7 +62,11 @@ def listening(pid: int, port: int) -> set[str]:
 
 
 def held(pid: int) -> set[str]:
-    return {os.readlink(fd) for fd in Path(f"/proc/{pid}/fd").iterdir()}
+    found = set()
+    for fd in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # our own connection, which it closes now
+            found.add(os.readlink(fd))
+    return found
 
 
 async def debugged(kit: Kit, engine: KvmEngine, running: Running) -> None:
