@@ -53,8 +53,8 @@ ENVIRONMENT = {
 }
 
 #: Done once, before the snapshot. Modules are loaded here: the agent, which is init, loads only those of the boot. Nobody
-#: else gives /dev/kvm to the group it has on every installed system. No huge pages: when khugepaged moves a guest's pages,
-#: QEMU's emulation of nested paging has been seen to go on with the old ones.
+#: else gives /dev/kvm to the group it has on every installed system. No huge pages: khugepaged was suspected of the
+#: crashes that inner guests have now and then. They went on without it; their cause is open.
 SETUP = f"""
 set -e
 modprobe kvm_amd 2>/dev/null || modprobe kvm_intel
