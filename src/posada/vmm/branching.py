@@ -102,7 +102,7 @@ class Branching:
         switch = self._layers(call)
 
         def fork() -> Result | None:
-            forked = self._forker.fork(children, switch)
+            forked = self._forker.fork(children, switch, switch.close)
             if forked is None:
                 self._busy = False
                 if self._point is not None:

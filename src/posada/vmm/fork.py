@@ -72,11 +72,17 @@ class Forker:
         self._machine = machine
         self._replay: Replay | None = None
 
-    def fork(self, children: Sequence[Child], switch: Callable[[], object] = lambda: None) -> Forked | None:
+    def fork(
+        self,
+        children: Sequence[Child],
+        switch: Callable[[], object] = lambda: None,
+        forget: Callable[[], object] = lambda: None,
+    ) -> Forked | None:
         """Make ``children``; in each of them it returns None, and the machine is the child's.
 
         On the loop's thread, from `Loop.soon`: a child goes on in the same loop, and must not dispatch what the parent's
-        epoll had found ready. ``switch`` puts the parent's disks, frozen by then, on their new layers. Descriptors in
+        epoll had found ready. ``switch`` puts the parent's disks, frozen by then, on their new layers; ``forget`` lets go, in
+        a child and before anybody hears of it, of what only the parent needs for that. Descriptors in
         ``children`` are taken over: a child keeps its own, the parent none; they have no ``kvm``, and keep the parent's.
         A child that cannot live says so to its starter. The parent's vcpus run on, or stand still as before, also when
         this raises (KvmError, OSError, ImageError).
@@ -109,7 +115,7 @@ class Forker:
                         child.close()
             if me is None:
                 return Forked(tuple(pids), time.monotonic() - begun)
-            self._become(born.pop(me), born)
+            self._become(born.pop(me), born, forget)
             return None
 
     def _still(self) -> None:
@@ -122,12 +128,13 @@ class Forker:
             self._replay = Replay(machine.system, machine.vm, vcpus)
         self._replay.record(machine.clock if machine.state is State.PAUSED else None)
 
-    def _become(self, me: Child, others: Sequence[Child]) -> None:
+    def _become(self, me: Child, others: Sequence[Child], forget: Callable[[], object]) -> None:
         """In a child: live, or die and say why."""
         try:
             self._start(me)
             for other in others:
                 other.close()
+            forget()
             _adopt(self._machine, me)
         except BaseException as error:
             starter = me.config.life.starter
