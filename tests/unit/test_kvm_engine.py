@@ -112,7 +112,7 @@ async def test_a_life(inn: Inn) -> None:
     await inn.engine.resume(running)
     assert not inn.engine.status(running).paused
     usage = inn.engine.usage(running)
-    assert usage.rss > 0 and usage.cpu_seconds >= 0  # counted in ticks of 10 ms: it may have used none
+    assert usage.rss > 0 and usage.cpu_seconds > 0
     console = await Console.open(runtime(running))
     console.type(b"q")
     status = await inn.engine.wait(running, 10)

@@ -7,6 +7,7 @@ import errno
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -78,9 +79,23 @@ def test_a_mapped_memory_cannot_be_sealed(new: Callable[[], int]) -> None:
     fd = new()
     view = Mapping(fd, SIZE, writable=True)
     with pytest.raises(OSError, match="busy"):
-        ram.seal(fd)
+        ram.seal(fd, patience=0.05)
     view.close()
     ram.seal(fd)
+
+
+def test_a_seal_waits_for_who_still_holds_the_memory(new: Callable[[], int]) -> None:
+    fd = new()
+    view = Mapping(fd, SIZE, writable=True)
+    sealed = threading.Event()
+    sealing = threading.Thread(target=lambda: (ram.seal(fd, patience=60), sealed.set()))
+    sealing.start()
+    assert not sealed.wait(0.3)  # longer than the kernel itself waits
+    view.close()
+    sealing.join(60)
+    assert sealed.is_set()
+    with pytest.raises(PermissionError):
+        os.pwrite(fd, b"lost", 0)
 
 
 def test_it_is_saved_and_loaded(new: Callable[[], int], tmp_path: Path) -> None:
@@ -96,7 +111,7 @@ def test_it_is_saved_and_loaded(new: Callable[[], int], tmp_path: Path) -> None:
     assert content(target) == content(source)
 
 
-def test_a_file_of_another_size_is_refused(new: Callable[[], int], tmp_path: Path) -> None:
+def test_a_file_of_another_size_is_sealed(new: Callable[[], int], tmp_path: Path) -> None:
     (tmp_path / "short").write_bytes(b"x" * 100)
     with pytest.raises(ImageError, match="100 bytes instead of"):
         ram.load(tmp_path / "short", new(), SIZE)
@@ -233,7 +248,7 @@ def test_a_mirror_is_what_the_process_sees(
         assert content(base)[:8] == b"basebase"
 
 
-def test_a_process_without_guest_memory_is_refused(new: Callable[[], int]) -> None:
+def test_a_process_without_guest_memory_is_sealed(new: Callable[[], int]) -> None:
     sleeper = subprocess.Popen(["sleep", "60"])
     try:
         with pytest.raises(EngineError, match="cannot be found"):

@@ -13,6 +13,7 @@ import errno
 import fcntl
 import os
 import stat
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,6 +21,8 @@ from posada.errors import EngineError, HostError, ImageError
 
 NAME = "posada-ram"
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SEAL
+#: Seconds that a seal waits for whoever holds the memory; usually it is taken in one.
+SEAL_PATIENCE = 5.0
 #: Bytes per sendfile(2), which is not interruptible: cancellation waits for at most this much.
 _CHUNK = 1 << 28
 
@@ -32,9 +35,22 @@ def create(size: int, name: str = NAME) -> int:
     return fd
 
 
-def seal(fd: int) -> None:
-    """Nobody can change it any more. Raises OSError (EBUSY) while it is mapped shared and writable."""
-    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
+def seal(fd: int, patience: float = SEAL_PATIENCE) -> None:
+    """Nobody can change it any more.
+
+    Raises OSError (EBUSY) when after ``patience`` seconds it is still mapped shared and writable, or the kernel still
+    holds pages of it: it does for a moment when it moves them (compaction) or has them in another processor's LRU
+    batch, waits 150 ms for itself (memfd_wait_for_pins in mm/memfd.c), and then gives up, which we do not.
+    """
+    deadline = time.monotonic() + patience
+    while True:
+        try:
+            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
+            return
+        except OSError as error:
+            if error.errno != errno.EBUSY or time.monotonic() > deadline:
+                raise
+        time.sleep(0.005)
 
 
 def extents(fd: int) -> Iterator[tuple[int, int]]:
