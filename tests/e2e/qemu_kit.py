@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from posada.engine.base import DiskFile, Launch, NewLayer, SnapshotFiles
-from posada.engine.qemu import cgroups, process
+from posada.engine.common import process
+from posada.engine.qemu import cgroups
 from posada.engine.qemu.engine import QemuEngine
 from posada.guest.client import GuestClient
 from posada.host.host import Host

@@ -15,7 +15,8 @@ import pytest_asyncio
 from qemu_kit import ROOT, Box, Kit
 
 from posada.engine.base import DiskFile, NewLayer
-from posada.engine.qemu import process, qmp
+from posada.engine.common import process
+from posada.engine.qemu import qmp
 from posada.errors import EngineError, EngineGone, HostError
 from posada.model.records import PortRecord
 from posada.storage.qcow2 import create_empty, create_overlay

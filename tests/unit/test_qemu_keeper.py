@@ -16,10 +16,12 @@ from typing import Any
 import pytest
 
 from posada.engine.base import Launch
-from posada.engine.qemu import cgroups, process
+from posada.engine.common import process
+from posada.engine.qemu import cgroups
 from posada.engine.qemu.argv import Invocation
 from posada.engine.qemu.files import Descriptors
 from posada.engine.qemu.spawn import Spawned, jail_uid, spawn
+from posada.engine.qemu.status import status_of
 from posada.errors import EngineError, EngineGone
 from posada.model.machine import make_spec
 from posada.model.records import Process
@@ -223,7 +225,7 @@ async def test_a_deadline_can_pause_instead(kit: Kit) -> None:
         "read caps <&4; read stop <&4; echo \"$stop\" >&3; exec sleep 60", limits={"lifetime": 0.05, "action": "pause"}
     )
     assert await read_until(kit.runtime / "console.sock", b"\n") == b'{"execute":"stop"}\n'
-    assert process.status_of(spawned.process, kit.runtime).paused
+    assert status_of(spawned.process, kit.runtime).paused
 
 
 async def test_sigterm_to_the_keeper_ends_the_machine(kit: Kit) -> None:
@@ -240,7 +242,7 @@ async def test_a_killed_keeper_leaves_the_machine_running(kit: Kit) -> None:
     assert process.alive(spawned.process)
     process.send(spawned.process, signal.SIGKILL)
     await process.ended(spawned.process, 10)
-    status = process.status_of(spawned.process, kit.runtime)
+    status = status_of(spawned.process, kit.runtime)
     assert (status.alive, status.crashed) == (False, True)
 
 

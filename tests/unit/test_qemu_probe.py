@@ -12,8 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from posada.engine.qemu import ports, probe, process
+from posada.engine.common import process
+from posada.engine.qemu import ports, probe
 from posada.engine.qemu.engine import QemuEngine
+from posada.engine.qemu.status import status_of
 from posada.errors import HostError, Timeout, Unsupported
 from posada.host.launch import check_spec
 from posada.model.capabilities import Feature
@@ -186,7 +188,7 @@ async def test_a_process_is_its_pid_and_start_time(sleeper: subprocess.Popen[byt
 def test_a_damaged_exit_record_is_none(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "exit.json").write_bytes(content)
     assert process.read_exit(tmp_path) is None
-    status = process.status_of(Process(2**22 + 1, 1), tmp_path)
+    status = status_of(Process(2**22 + 1, 1), tmp_path)
     assert (status.alive, status.crashed) == (False, True)
 
 

@@ -21,6 +21,7 @@ from posada.engine.base import Capture, CaptureFailed, Forked, Launch, NewLayer,
 from posada.engine.common import cgroups
 from posada.engine.common.files import open_file
 from posada.engine.common.identity import jail_uid
+from posada.engine.common.running import current, new_cid, write_running
 from posada.engine.common.uncut import in_thread, uncut
 from posada.engine.kvm import config, machine, net, stack
 from posada.engine.kvm.control import Session, connect
@@ -83,7 +84,7 @@ async def capture(running: Running, target: Path, layers: Sequence[NewLayer]) ->
     """See `Capturer.capture`."""
     machine.require_alive(running)
     runtime = Path(running.runtime)
-    shape = config.Shape.from_private(machine.current(running).private)
+    shape = config.Shape.from_private(current(running).private)
     try:
         files = await in_thread(stack.begin, running, target)
     except (PosadaError, OSError) as error:
@@ -128,7 +129,7 @@ async def _restore_one(
             document = config.restored(
                 launch,
                 files.inherited,
-                cid=machine.new_cid(),
+                cid=new_cid(),
                 uid=jail_uid(launch.uuid),
                 shape=shape,
                 restore=how,
@@ -169,7 +170,7 @@ class _Child:
             self.private = {**stack.private(self.launch, count), **shape.to_private()}
             with Descriptors(self.launch, self.network.take()) as files:
                 uid = jail_uid(self.launch.uuid)
-                document = config.forked(self.launch, files.sent, cid=machine.new_cid(), uid=uid, shape=shape)
+                document = config.forked(self.launch, files.sent, cid=new_cid(), uid=uid, shape=shape)
                 await session.call(Op.CHILD, {"config": document.to_dict()}, fds=files.given)
                 self.newborn = Newborn(files.connection())
         except EngineGone:
@@ -186,7 +187,7 @@ class _Child:
                 raise self.failure or EngineError("the child was given nothing")
             found = await self.newborn.born()
             running = machine.record(self.launch, found, self.network.ports, self.private)
-            machine.write_running(self.launch.runtime, running)
+            write_running(self.launch.runtime, running)
             self.newborn.commit()
         except BaseException:
             await self.abandon()
@@ -212,7 +213,7 @@ def _limit(launch: Launch, pid: int) -> None:
 async def fork(running: Running, children: Sequence[Launch], layers: Sequence[NewLayer]) -> Forked:
     """See `Capturer.fork`."""
     machine.require_alive(running)
-    running = machine.current(running)
+    running = current(running)
     some = [_Child(launch) for launch in children]
     try:
         gate = asyncio.Semaphore(_NETWORKS_AT_ONCE)

@@ -19,6 +19,7 @@ from posada.engine.base import (
     Usage,
 )
 from posada.engine.common import cgroups, process
+from posada.engine.common.running import read_running
 from posada.engine.common.usage import usage_of
 from posada.engine.kvm import branch, machine, probe, stack, tune
 from posada.engine.kvm.control import connect
@@ -113,7 +114,7 @@ class KvmEngine:
         await machine.kill(running.process, Path(running.runtime))
 
     def reap(self, launch_runtime: Path) -> None:
-        stack.reap(machine.read_running(launch_runtime))
+        stack.reap(read_running(launch_runtime))
         clear(launch_runtime)
         cgroups.remove(launch_runtime.name)
 

@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import fcntl
 import os
-import secrets
 import signal
 import struct
 import time
@@ -15,11 +14,10 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-import msgspec
-
 from posada.engine.base import Launch, Status
 from posada.engine.common import cgroups, process
 from posada.engine.common.identity import jail_uid
+from posada.engine.common.running import new_cid, read_running, write_running
 from posada.engine.kvm import config, net, stack
 from posada.engine.kvm.files import Descriptors, clear
 from posada.engine.kvm.spawn import Newborn, confined, inherit, limits
@@ -45,11 +43,6 @@ def check(launch: Launch) -> None:
         raise Unsupported(NAME, "cloud-init", hint="drop cloud_init; set the guest up through exec")
     if spec.nested:
         raise Unsupported(NAME, "nested virtualisation", hint="use the qemu engine")
-
-
-def new_cid() -> int:
-    """A guest's vsock address: 32 bits, 0–2 and all ones reserved. Nobody but the guest itself looks at it."""
-    return secrets.randbelow((1 << 32) - 16) + 3
 
 
 async def start(launch: Launch) -> Running:
@@ -94,26 +87,6 @@ def record(launch: Launch, found: Process, ports: tuple[PortRecord, ...], privat
         ports=ports,
         private={"agent": launch.agent, "macs": list(launch.macs), **config.Shape().to_private(), **private},
     )
-
-
-def read_running(runtime: Path) -> Running | None:
-    """What start, restore or fork wrote before it let go of the machine; None when it was cut short."""
-    try:
-        return msgspec.json.decode((runtime / "running.json").read_bytes(), type=Running)
-    except (OSError, msgspec.MsgspecError):
-        return None
-
-
-def write_running(runtime: Path, running: Running) -> None:
-    temporary = runtime / ".running.json"
-    temporary.write_bytes(msgspec.json.encode(running))
-    os.replace(temporary, runtime / "running.json")
-
-
-def current(running: Running) -> Running:
-    """As it is now: what changes while it runs (ports, attached disks) is in the record of the runtime directory."""
-    stored = read_running(Path(running.runtime))
-    return stored if stored is not None and stored.process == running.process else running
 
 
 def status_of(found: Process, runtime: Path) -> Status:

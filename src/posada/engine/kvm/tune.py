@@ -12,10 +12,11 @@ import msgspec
 
 from posada.engine.base import DiskFile, Inspection
 from posada.engine.common.files import open_file
+from posada.engine.common.running import current, write_running
 from posada.engine.kvm import net
 from posada.engine.kvm.config import Shape, disk_config
 from posada.engine.kvm.control import Session, connect
-from posada.engine.kvm.machine import current, require_alive, write_running
+from posada.engine.kvm.machine import require_alive
 from posada.errors import EngineError, EngineGone, Unsupported
 from posada.model.records import PortRecord, Running
 from posada.proto.monitor import Op

@@ -18,13 +18,13 @@ from pathlib import Path
 import msgspec
 
 from posada.engine.base import Capture, CaptureFailed, NewLayer
+from posada.engine.common.uncut import beside, in_thread, uncut
 from posada.engine.qemu import ram
 from posada.engine.qemu.disks import Switch
 from posada.engine.qemu.files import reopen
 from posada.engine.qemu.machine import Machine
 from posada.engine.qemu.mirror import Mirror
 from posada.engine.qemu.qmp import Session
-from posada.engine.qemu.uncut import beside, in_thread, uncut
 from posada.errors import EngineError, PosadaError
 from posada.model.records import Running
 

@@ -19,11 +19,14 @@ from posada.engine.base import (
     Status,
     Usage,
 )
+from posada.engine.common import process
+from posada.engine.common.running import read_running
 from posada.engine.common.usage import usage_of
-from posada.engine.qemu import capture, cgroups, fork, machine, probe, process, tune
+from posada.engine.qemu import capture, cgroups, fork, machine, probe, tune
 from posada.engine.qemu.files import clear
 from posada.engine.qemu.layout import AGENT_PORTS, read_layout
 from posada.engine.qemu.machine import NAME, Machine
+from posada.engine.qemu.status import status_of
 from posada.errors import HostError, Unsupported
 from posada.model.capabilities import Capabilities, Feature, Verdict
 from posada.model.machine import MAX_CPUS, MAX_MEMORY
@@ -82,7 +85,7 @@ class QemuEngine:
         return await machine.start(launch, self.facts())
 
     def status(self, running: Running) -> Status:
-        return process.status_of(running.process, Path(running.runtime))
+        return status_of(running.process, Path(running.runtime))
 
     async def wait(self, running: Running, timeout: float | None = None) -> Status:
         await process.ended(running.process, timeout)
@@ -141,7 +144,7 @@ class QemuEngine:
         cgroups.remove(launch_runtime.name)
 
     async def abandon(self, launch_runtime: Path) -> None:
-        running = machine.read_running(launch_runtime)
+        running = read_running(launch_runtime)
         if running is not None:
             await self.kill(running)
         keeper = process.read_pid(launch_runtime / "keeper.pid")

@@ -7,11 +7,11 @@ import os
 from collections.abc import Sequence
 
 from posada.engine.base import Forked, Launch, NewLayer, SnapshotFiles
+from posada.engine.common.uncut import in_thread
 from posada.engine.qemu import capture, ram
 from posada.engine.qemu.incoming import Newborn, check_host, load_all, open_all
 from posada.engine.qemu.layout import read_layout
 from posada.engine.qemu.probe import Facts
-from posada.engine.qemu.uncut import in_thread
 from posada.errors import EngineError
 from posada.model.records import Running
 

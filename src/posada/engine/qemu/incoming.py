@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from posada.engine.base import Launch
+from posada.engine.common.running import new_cid, write_running
+from posada.engine.common.uncut import uncut
 from posada.engine.qemu import machine, pages, ports, qmp
 from posada.engine.qemu.argv import build
 from posada.engine.qemu.files import Descriptors, reopen
 from posada.engine.qemu.layout import Layout
 from posada.engine.qemu.probe import Facts
 from posada.engine.qemu.spawn import Spawned, spawn
-from posada.engine.qemu.uncut import uncut
 from posada.errors import EngineError, EngineGone, Unsupported
 from posada.model.records import Running
 
@@ -50,7 +51,7 @@ class Newborn:
     def __init__(self, launch: Launch, layout: Layout, facts: Facts) -> None:
         self.launch, self.layout = launch, layout
         self._facts = facts
-        self._cid = machine.new_cid() if layout.vsock else 0
+        self._cid = new_cid() if layout.vsock else 0
         self._spawned: Spawned | None = None
         self._stack = contextlib.AsyncExitStack()
         self._session: qmp.Session | None = None
@@ -110,7 +111,7 @@ class Newborn:
             if paused:
                 (self.launch.runtime / "paused").touch(0o600)
             await self._stack.aclose()
-            machine.write_running(self.launch.runtime, running)
+            write_running(self.launch.runtime, running)
             spawned.commit()
         except EngineGone as error:
             failure = await machine.explain(spawned, self.launch.runtime, error)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import secrets
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -13,12 +11,15 @@ from typing import Any
 import msgspec
 
 from posada.engine.base import Launch
-from posada.engine.qemu import ports, process, qmp, ram
+from posada.engine.common import process
+from posada.engine.common.running import current, new_cid, write_running
+from posada.engine.qemu import ports, qmp, ram
 from posada.engine.qemu.argv import build
 from posada.engine.qemu.files import Descriptors
 from posada.engine.qemu.layout import Layout, new_layout, read_layout
 from posada.engine.qemu.probe import Facts
 from posada.engine.qemu.spawn import Spawned, spawn
+from posada.engine.qemu.status import status_of
 from posada.errors import EngineError, EngineGone, Unsupported
 from posada.model.records import Running
 
@@ -36,19 +37,17 @@ class Machine:
     @property
     def layout(self) -> Layout:
         """Its devices now: hot-plug rewrites the record in the runtime directory. Raises EngineError."""
-        stored = read_running(self.runtime)
-        return read_layout((stored if stored and stored.process == self.process else self.running).private)
+        return read_layout(current(self.running).private)
 
     def store_layout(self, layout: Layout) -> None:
         """Remember a changed device set."""
-        stored = read_running(self.runtime)
-        record = stored if stored and stored.process == self.process else self.running
+        record = current(self.running)
         private = record.private | {"layout": msgspec.to_builtins(layout)}
         write_running(self.runtime, msgspec.structs.replace(record, private=private))
 
     def require_alive(self) -> None:
         """Raises EngineGone, with how it ended."""
-        status = process.status_of(self.process, self.runtime)
+        status = status_of(self.process, self.runtime)
         if not status.alive:
             raise EngineGone("the machine is not running any more", detail=status.ended or "")
 
@@ -58,20 +57,6 @@ class Machine:
         self.require_alive()
         async with qmp.connect(self.runtime / "qmp.sock") as session:
             yield session
-
-
-def read_running(runtime: Path) -> Running | None:
-    """The record a start left in the runtime directory: by it a machine is found whose start was cut short."""
-    try:
-        return msgspec.json.decode((runtime / "running.json").read_bytes(), type=Running)
-    except (OSError, msgspec.MsgspecError):
-        return None
-
-
-def write_running(runtime: Path, running: Running) -> None:
-    temporary = runtime / ".running.json"
-    temporary.write_bytes(msgspec.json.encode(running))
-    os.replace(temporary, runtime / "running.json")
 
 
 def layout_for(launch: Launch, facts: Facts) -> Layout:
@@ -99,11 +84,6 @@ def layout_for(launch: Launch, facts: Facts) -> Layout:
 def version_of(machine: str) -> tuple[int, ...]:
     """(7, 2) of ``pc-i440fx-7.2``. Newer QEMUs know the machine types of older ones, not the other way round."""
     return tuple(int(part) for part in machine.rpartition("-")[2].split(".") if part.isdigit())
-
-
-def new_cid() -> int:
-    """A guest's vsock address: 32 bits, 0–2 and all ones reserved. A collision is refused by the kernel at start."""
-    return secrets.randbelow((1 << 32) - 16) + 3
 
 
 async def explain(spawned: Spawned, runtime: Path, error: EngineGone) -> EngineError:

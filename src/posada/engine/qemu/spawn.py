@@ -11,9 +11,10 @@ import stat
 import subprocess
 
 from posada.engine.base import CONSOLE_LOG_MAX, Launch
+from posada.engine.common import process
 from posada.engine.common.bootstrap import python
 from posada.engine.common.identity import jail_uid
-from posada.engine.qemu import cgroups, process
+from posada.engine.qemu import cgroups
 from posada.engine.qemu.argv import Invocation
 from posada.engine.qemu.files import Descriptors, clear, listen
 from posada.errors import EngineError, EngineGone

@@ -1,37 +1,12 @@
-"""Is a QEMU there, and how did it end? Processes themselves are `posada.engine.common.process`."""
+"""How a QEMU stands, and how it ended."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from posada.engine.base import Status
-from posada.engine.common.process import (
-    ExitRecord,
-    alive,
-    ended,
-    find,
-    has_ended,
-    open_pidfd,
-    read_exit,
-    read_pid,
-    send,
-    stat_fields,
-)
+from posada.engine.common.process import alive, read_exit
 from posada.model.records import Process
-
-__all__ = [
-    "ExitRecord",
-    "alive",
-    "ended",
-    "find",
-    "has_ended",
-    "open_pidfd",
-    "read_exit",
-    "read_pid",
-    "send",
-    "stat_fields",
-    "status_of",
-]
 
 #: QEMU says this whenever a guest's balloon wants to punch a hole into sealed memory. It explains no end.
 _REFUSED_HOLE = "ram_block_discard_range: Failed to fallocate"
