@@ -15,7 +15,9 @@ from pathlib import Path
 import pytest
 from contract_kit import DISK, MASTER, RAM, Inn
 
+from posada.host import merging
 from posada.host.host import Host
+from posada.model.capabilities import Feature
 from posada.model.states import AT_REST, State
 
 VICTIM = """
@@ -79,6 +81,14 @@ def processes(base: Path) -> set[int]:
     return found
 
 
+async def killed(inn: Inn, action: str, point: str) -> None:
+    """A process that does ``action``, and dies at ``point``."""
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "POSADA_FAULT": point}
+    argv = [sys.executable, "-c", VICTIM, str(inn.base), ACTIONS[action]]
+    victim = await asyncio.to_thread(subprocess.run, argv, env=env, capture_output=True, timeout=120)
+    assert victim.returncode == -signal.SIGKILL, victim.stderr.decode()
+
+
 @pytest.mark.parametrize(("action", "point"), CASES)
 async def test_a_kill_in_the_middle(inn: Inn, action: str, point: str) -> None:
     await inn.machine()
@@ -88,12 +98,7 @@ async def test_a_kill_in_the_middle(inn: Inn, action: str, point: str) -> None:
     await inn.vms.snapshot("one", "point")
     if action == "start":
         await inn.vms.create(inn.spec(name="rests"))
-
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "POSADA_FAULT": point}
-    argv = [sys.executable, "-c", VICTIM, str(inn.base), ACTIONS[action]]
-    victim = await asyncio.to_thread(subprocess.run, argv, env=env, capture_output=True, timeout=120)
-    assert victim.returncode == -signal.SIGKILL, victim.stderr.decode()
-
+    await killed(inn, action, point)
     async with await Host.open(inn.base / "home", inn.base / "run") as host:
         assert not host.db.open_operations()
         names = {vm.name for vm in host.vms.list()}
@@ -115,3 +120,26 @@ async def test_a_kill_in_the_middle(inn: Inn, action: str, point: str) -> None:
     expected |= {r.keeper.pid for vm in inn.vms.list() if (r := vm.running) and r.keeper}
     await inn.until(lambda: processes(inn.base) <= expected)
     assert processes(inn.base) == expected, "a process of the master is not seen: this test sees nothing"
+
+
+async def test_a_layer_the_machine_never_got_hides_nothing(inn: Inn, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The record names an empty layer that the machine does not have, below others that it has. They are merged."""
+    await inn.machine()
+    await killed(inn, "fork", "layers.recorded")
+    async with await Host.open(inn.base / "home", inn.base / "run"):
+        pass
+    for number in range(3):
+        await inn.put("one", f"{DISK}{number}", str(number))
+        await inn.sh("one", "sync")
+        (kid,) = await inn.vms.fork("one")
+        assert await inn.see(kid.name, f"{DISK}{number}") == str(number)
+        await inn.vms.delete(kid.uuid, force=True)
+    before = len(inn.vms.get("one").disks[0].chain)
+    monkeypatch.setattr(merging, "DEEP", 2)
+    await inn.vms.snapshot("one", "late")
+    if inn.host.house.engine(inn.engine).capabilities().has(Feature.MERGE_LAYERS):
+        assert len(inn.vms.get("one").disks[0].chain) < before
+    await inn.vms.stop("one")
+    await inn.vms.start("one")
+    await inn.vms.wait_ready("one", timeout=120)
+    assert [await inn.see("one", f"{DISK}{number}") for number in range(3)] == ["0", "1", "2"]

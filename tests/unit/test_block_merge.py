@@ -9,7 +9,10 @@ import pytest
 from block_kit import KIB, MIB, check, content, needs_qemu_img, open_disk, pattern, qemu_img, read, write
 
 from posada.errors import ImageError
-from posada.vmm.block.merge import layers_of, merge
+from posada.proto.qcow2 import rename_backing
+from posada.vmm.block.chain import layers_of
+from posada.vmm.block.merge import merge
+from posada.vmm.block.qcow2.disk import Qcow2Disk
 
 SIZE = 24 * MIB
 pytestmark = needs_qemu_img
@@ -68,6 +71,25 @@ def test_it_reads_the_same_and_is_sound(tmp_path: Path, seed: int) -> None:
     expected = bytearray(before)
     expected[5 * MIB + 512 : 5 * MIB + 1012] = b"later" * 100
     assert content(chain[-1]) == bytes(expected)
+
+
+@pytest.mark.parametrize("name", ["b.img", "a-much-longer-name-than-the-one-before-it.img"])
+def test_the_top_says_what_it_stands_on_now(tmp_path: Path, name: str) -> None:
+    """For people's tools: they follow the header, and the layers in between are gone."""
+    chain = make_chain(tmp_path, random.Random(1), 3)
+    before = content(chain[-1])
+    disk = open_disk(*chain)
+    assert merge(disk, 1) == 1
+    base = chain[0].rename(tmp_path / name)
+    assert isinstance(disk, Qcow2Disk)
+    disk.image.rename_backing(str(base).encode(), b"raw")
+    disk.close()
+    for path in chain[1:-1]:
+        path.unlink()
+    check(chain[-1], leaks=True)
+    assert content(chain[-1]) == before
+    with pytest.raises(ImageError, match="1024 bytes"):
+        rename_backing(chain[-1].read_bytes()[:65536], b"x" * 1024, b"raw")
 
 
 def test_nothing_to_merge(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ from tests.unit.block_kit import (
 from posada.errors import ImageError
 from posada.model.machine import MAX_DISK
 from posada.storage.qcow2 import create_empty
-from posada.vmm.block.chain import overlay
+from posada.vmm.block.chain import overlay, reopen
 from posada.vmm.block.qcow2.disk import Qcow2Disk
 from posada.vmm.block.qcow2.image import MAX_SIZE
 
@@ -126,6 +126,22 @@ def test_a_full_disk_is_an_error_and_nothing_worse(tmp_path: Path, monkeypatch: 
     assert content(path)[MIB : MIB + 100_000] == b"b" * 100_000
 
 
+def test_each_layer_takes_its_own_file(tmp_path: Path, base: Path) -> None:
+    """Another file's descriptor would put that file's bytes under the tables of this one."""
+    top, stranger = tmp_path / "top.qcow2", tmp_path / "stranger.qcow2"
+    for path in (top, stranger):
+        create(path, backing=base)
+    disk = open_disk(base, top)
+    given = [os.open(path, os.O_RDONLY) for path in (stranger, top, base)]
+    reopen(disk, given)
+    assert disk.descriptors() == [given[2], given[1]]
+    with pytest.raises(OSError):
+        os.fstat(given[0])
+    with pytest.raises(OSError, match="no descriptor"):
+        reopen(disk, [os.open(path, os.O_RDONLY) for path in (base, stranger)])
+    disk.close()
+
+
 def test_frozen_layers_below_two_machines(tmp_path: Path, base: Path) -> None:
     """As a fork uses it: parent and child go on above the same frozen disk, which others can open as well."""
     paths = [create(tmp_path / "0.qcow2", backing=base)]
@@ -149,7 +165,7 @@ def test_frozen_layers_below_two_machines(tmp_path: Path, base: Path) -> None:
     child = os.fork()
     if not child:
         try:
-            disk.reopen([os.open(base, os.O_RDONLY), os.open(paths[0], os.O_RDONLY)])
+            reopen(disk, [os.open(paths[0], os.O_RDONLY), os.open(base, os.O_RDONLY)])
             disk = overlay(disk, os.open(paths[2], os.O_RDWR))
             assert read(disk, MIB, 6) == b"before"
             write(disk, MIB, b"child")

@@ -136,13 +136,16 @@ async def test_how_it_ends(inn: Inn, typed: bytes) -> None:
 
 
 async def test_a_kill_that_was_asked_for_and_one_that_was_not(inn: Inn) -> None:
-    first, second = await inn.start(), await inn.start()
+    first, second, third = await inn.start(), await inn.start(), await inn.start()
     await inn.engine.kill(first)
     await inn.engine.kill(first)
     assert inn.engine.status(first).ended == "killed" and not inn.engine.status(first).crashed
     process.send(second.process, signal.SIGKILL)
     status = await inn.engine.wait(second, 10)
-    assert status.crashed and status.ended is not None and "no exit record" in status.ended
+    assert status.crashed and status.ended is not None and "signal 9" in status.ended
+    process.send(third.process, signal.SIGSEGV)
+    status = await inn.engine.wait(third, 10)
+    assert status.crashed and status.ended == "its monitor crashed: Segmentation fault"
 
 
 async def test_a_monitor_that_hangs_can_be_killed(inn: Inn) -> None:

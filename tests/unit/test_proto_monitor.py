@@ -23,7 +23,7 @@ from posada.proto.monitor import (
     encode_request,
 )
 
-LAYERS = [{"disk": "root", "top": 0, "frozen": 1}]
+LAYERS = [{"disk": "root", "top": 0, "frozen": [1]}]
 
 
 @pytest.mark.parametrize(
@@ -51,8 +51,8 @@ def test_requests_go_through(op: Op, args: dict[str, Any], descriptors: int) -> 
         (Op.INFO, {"more": 1}, 0),
         (Op.SWITCH, {}, 0),
         (Op.SWITCH, {"layers": LAYERS}, 1),
-        (Op.SWITCH, {"layers": [{"disk": "root", "top": -1, "frozen": 0}]}, 2),
-        (Op.SWITCH, {"layers": [{"disk": "root", "top": True, "frozen": 0}]}, 2),
+        (Op.SWITCH, {"layers": [{"disk": "root", "top": -1, "frozen": [0]}]}, 2),
+        (Op.SWITCH, {"layers": [{"disk": "root", "top": True, "frozen": [0]}]}, 2),
         (Op.SWITCH, {"layers": LAYERS * 100}, 2),
         (Op.SWITCH, {"layers": "root"}, 2),
         (Op.QUIT, {"reason": "x" * 1000}, 0),

@@ -233,12 +233,14 @@ class Capturer(Protocol):
         The children run, also those of a paused source.
         """
 
-    async def merge(self, running: Running, disk: DiskFile, keep: int) -> int:
+    async def merge(self, running: Running, disk: DiskFile, keep: int) -> tuple[int, ...]:
         """Copy what the layers above the lowest ``keep`` hold into the top one, which then stands on those: MERGE_LAYERS.
 
-        Returns how many layers it stands on now: fewer than ``keep`` when an earlier merge was done and nobody lived to
-        record it. The disk reads the same at every instant, and no file but the top one is written to; it is durable when
-        this returns. On failure or cancellation the chain may be as it was, or merged. Raises EngineError.
+        Returns which layers of ``disk.chain`` it stands on now, as indices, the lowest first. They need not be the lowest
+        ``keep``: an earlier merge may have been done that nobody lived to record, and the chain may name empty layers
+        that the machine never got (`posada.host.layers`). The disk reads the same at every instant, and no file but the
+        top one is written to; it is durable when this returns. On failure or cancellation the chain may be as it was, or
+        merged. Raises EngineError.
         """
 
 

@@ -303,11 +303,11 @@ class FakeEngine:
         made = [await self._copy(child, tree, state, False) for child in children]
         return Forked(children=tuple(made), pause=time.monotonic() - began)
 
-    async def merge(self, running: Running, disk: DiskFile, keep: int) -> int:
+    async def merge(self, running: Running, disk: DiskFile, keep: int) -> tuple[int, ...]:
         self._maybe_fail("merge")
         machine = self._mine(running)
         save_disk(machine.launch, machine.active)  # the top layer holds the whole tree
-        return keep
+        return tuple(range(keep))
 
     async def _copy(self, launch: Launch, tree: Path, state: dict[str, Any], paused: bool) -> Running | Exception:
         try:

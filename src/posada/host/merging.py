@@ -59,12 +59,12 @@ async def _merge(house: House, vm: VmRecord, disk: Disk, op: Operation) -> VmRec
         log.warning("the layers of disk %r of %r were not merged: %s", disk.name, vm.name, error)
         return vm
     faults.point("layers.merged")
-    merged = msgspec.structs.replace(disk, chain=(*disk.chain[:kept], disk.chain[-1]))
+    merged = msgspec.structs.replace(disk, chain=(*(disk.chain[place] for place in kept), disk.chain[-1]))
     # Durable before the files go: the record is what finds the data again.
     with house.db.transaction(durable=True):
         vm = house.save(vm, disks=tuple(merged if d.name == disk.name else d for d in vm.disks))
     faults.point("layers.merge-recorded")
-    collect(house, disk.chain[kept:-1])
+    collect(house, [id for id in disk.chain if id not in merged.chain])
     return vm
 
 

@@ -2,7 +2,7 @@
 
 ::
 
-    → {"id": 7, "op": "switch", "layers": [{"disk": "root", "top": 0, "frozen": 1}]}   + descriptors by SCM_RIGHTS
+    → {"id": 7, "op": "switch", "layers": [{"disk": "root", "top": 0, "frozen": [1]}]}   + descriptors by SCM_RIGHTS
     ← {"id": 7, "ok": {"pause": 0.0004}}
     ← {"id": 7, "error": {"kind": "HostError", "message": "…"}}
 
@@ -98,6 +98,13 @@ def _maps(checks: Mapping[str, Check], limit: int) -> Check:
     return check
 
 
+def _some(check: Check, limit: int) -> Check:
+    """A list of at most ``limit``."""
+    return lambda value, count: (
+        isinstance(value, (list, tuple)) and len(value) <= limit and all(check(item, count) for item in value)
+    )
+
+
 def _fits(value: Mapping[str, Any], checks: Mapping[str, Check], count: int) -> bool:
     """Exactly the keys of ``checks``, except that a ``?`` at the end of a name makes it optional."""
     names = {name.rstrip("?"): check for name, check in checks.items()}
@@ -107,8 +114,12 @@ def _fits(value: Mapping[str, Any], checks: Mapping[str, Check], count: int) -> 
 
 MAX_DISKS = 64
 _NAME = _text(64)
-#: The source's new top layer, and a read-only descriptor of the one that it freezes.
-_LAYERS = _maps({"disk": _NAME, "top": _descriptor, "frozen": _descriptor}, MAX_DISKS)
+#: Layers that somebody may take a disk to have.
+MAX_FILES = 1024
+#: The source's new top layer, and read-only descriptors of files of which the one that it freezes is one.
+_LAYERS = _maps({"disk": _NAME, "top": _descriptor, "frozen": _some(_descriptor, MAX_FDS)}, MAX_DISKS)
+#: A layer's file: `posada.vmm.block.file.identity`, and what it is called in headers.
+_FILE = {"device": _whole(0, 1 << 64), "inode": _whole(0, 1 << 64), "name": _text(4096), "format": _text(16)}
 
 ARGUMENTS: dict[Op, dict[str, Check]] = {
     Op.INFO: {},
@@ -125,7 +136,7 @@ ARGUMENTS: dict[Op, dict[str, Check]] = {
     Op.ATTACH: {"disk": _map},
     Op.DETACH: {"name": _NAME, "timeout": _seconds},
     Op.RESIZE_DISK: {"name": _NAME, "size": _whole(512, 1 << 62)},
-    Op.MERGE: {"name": _NAME, "layers": _whole(1, 1 << 16), "keep": _whole(1, 1 << 16)},
+    Op.MERGE: {"name": _NAME, "files": _maps(_FILE, MAX_FILES), "keep": _whole(1, MAX_FILES)},
     Op.SET_MEMORY: {"size": _whole(0, 1 << 62)},
     Op.NIC: {"index": _whole(0, 63), "fd?": _descriptor},
     Op.METRICS: {},

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import struct
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from posada.errors import ImageError
@@ -151,6 +152,38 @@ def _extensions(head: bytes, at: int, end: int) -> dict[int, bytes]:
     return out
 
 
+def _encode_extensions(extensions: Mapping[int, bytes]) -> bytes:
+    out = b""
+    for kind, data in extensions.items():
+        out += struct.pack(">II", kind, len(data)) + data + bytes(-len(data) % 8)
+    return out + struct.pack(">II", _EXT_END, 0)
+
+
+def rename_backing(head: bytes, backing: bytes, backing_format: bytes) -> bytes:
+    """The first cluster of an image (``head``, which `parse_header` took) with another name for its backing file.
+
+    Everything else stays. Raises ImageError: there is no room for the name, or it has none so far.
+    """
+    cluster_bits, header_length = struct.unpack_from(">I", head, 20)[0], _HEADER.size
+    if struct.unpack_from(">I", head, 4)[0] == 3:
+        header_length = _HEADER_V3.unpack_from(head, _HEADER.size)[4]
+    name_at, cluster = struct.unpack_from(">Q", head, 8)[0], 1 << cluster_bits
+    if not name_at or not backing:
+        raise ImageError("it has no backing file whose name could be changed")
+    extensions = _extensions(head, header_length, name_at) | {_EXT_BACKING_FORMAT: backing_format}
+    encoded = _encode_extensions(extensions)
+    name_at = header_length + len(encoded)
+    if len(backing) > _MAX_BACKING_NAME or name_at + len(backing) > cluster:
+        raise ImageError(f"a qcow2 file cannot name a backing file of {len(backing)} bytes", hint="use a shorter path")
+    start = head[:8] + struct.pack(">QI", name_at, len(backing)) + head[20:header_length]
+    return (start + encoded + backing).ljust(cluster, b"\0")
+
+
+def empty_length(size: int) -> int:
+    """Bytes of the file that `empty_image` describes: it grows with the first byte that is written to the disk."""
+    return empty_image(size, size)[-1][0]
+
+
 def empty_image(size: int, max_size: int, backing: bytes = b"", backing_format: bytes = b"") -> list[tuple[int, bytes]]:
     """An image of ``size`` bytes that holds nothing, as (offset, bytes) parts of its file.
 
@@ -165,11 +198,7 @@ def empty_image(size: int, max_size: int, backing: bytes = b"", backing_format: 
     l1_entries = -(-size // (CLUSTER * CLUSTER // 8))
     l1_clusters = -(-l1_entries * 8 // CLUSTER)
     used = 3 + l1_clusters
-    extensions = b""
-    if backing:
-        extensions = struct.pack(">II", _EXT_BACKING_FORMAT, len(backing_format)) + backing_format
-        extensions += bytes(-len(extensions) % 8)
-    extensions += struct.pack(">II", _EXT_END, 0)
+    extensions = _encode_extensions({_EXT_BACKING_FORMAT: backing_format} if backing else {})
     name_at = _HEADER_LENGTH + len(extensions) if backing else 0
     header = _HEADER.pack(
         MAGIC, 3, name_at, len(backing), CLUSTER_BITS, size, 0,

@@ -14,7 +14,17 @@ from posada.model.machine import MAX_DISK
 from posada.proto import qcow2 as codec
 from posada.proto.qcow2 import CLUSTER, MAGIC, Qcow2Info
 
-__all__ = ["CLUSTER", "MAGIC", "Qcow2Info", "create_empty", "create_overlay", "inspect", "is_qcow2", "parse_header"]
+__all__ = [
+    "CLUSTER",
+    "MAGIC",
+    "Qcow2Info",
+    "create_empty",
+    "create_overlay",
+    "inspect",
+    "is_empty_overlay",
+    "is_qcow2",
+    "parse_header",
+]
 
 
 def create_overlay(path: Path, *, size: int, backing: Path, backing_format: str, durable: bool = True) -> None:
@@ -58,6 +68,14 @@ def is_qcow2(path: Path) -> bool:
     """The file begins with qcow2's magic number. Raises OSError."""
     with open(path, "rb") as file:
         return file.read(4) == MAGIC
+
+
+def is_empty_overlay(path: Path) -> bool:
+    """It is as `create_overlay` made it: nobody ever wrote to it. Raises ImageError, OSError."""
+    if not is_qcow2(path):
+        return False
+    info = inspect(path)
+    return info.backing is not None and path.stat().st_size <= codec.empty_length(info.size)
 
 
 def inspect(path: Path) -> Qcow2Info:

@@ -13,6 +13,9 @@ from dataclasses import dataclass
 
 from posada.errors import Busy, EngineError
 from posada.proto.monitor import Op
+from posada.runtime.files import identity
+from posada.vmm.block.chain import layers_of
+from posada.vmm.block.file import File
 from posada.vmm.capture import Captured, Files, capture
 from posada.vmm.config import MonitorConfig
 from posada.vmm.control import Call, Child, Given, Handler, Result
@@ -22,21 +25,30 @@ from posada.vmm.machine import Machine
 from posada.vmm.migrate import Moved, Outgoing
 from posada.vmm.pagemap import PageMap
 from posada.vmm.reset import Point
+from posada.vmm.tied import whole
 from posada.vmm.tuning import find_disk
 
 
 @dataclass(slots=True)
 class NewLayer:
-    """A disk's new top, and a read-only descriptor of the layer it freezes. -1 once somebody has it."""
+    """A disk's new top, and read-only descriptors of files of which the layer it freezes is one."""
 
     disk: str
     top: int
-    frozen: int
+    """-1 once the disk has it."""
+    frozen: list[int]
+
+    def find(self, file: File) -> int:
+        """The place of ``file`` in ``frozen``. Raises EngineError."""
+        try:
+            return [*map(identity, self.frozen)].index(file.identity())
+        except ValueError:
+            raise EngineError(f"disk {self.disk!r} is not written to the layer that is to be frozen") from None
 
     def close(self) -> None:
-        for fd in {self.top, self.frozen} - {-1}:
+        for fd in {self.top, *self.frozen} - {-1}:
             os.close(fd)
-        self.top = self.frozen = -1
+        self.top, self.frozen = -1, []
 
 
 class Switch:
@@ -45,6 +57,11 @@ class Switch:
     def __init__(self, machine: Machine, layers: Sequence[NewLayer]) -> None:
         self._machine, self._layers = machine, layers
         self.switched: list[str] = []
+
+    def check(self) -> None:
+        """That each disk is written to a file that is given as frozen. Raises EngineError, OSError."""
+        for layer in self._layers:
+            layer.find(layers_of(find_disk(self._machine, layer.disk).disk)[-1].file)
 
     def __call__(self) -> None:
         """While the vcpus stand still. Raises OSError, ImageError, EngineError."""
@@ -55,8 +72,8 @@ class Switch:
             layer.top = -1
             self.switched.append(layer.disk)
             # What is below belongs to others too from now on: not even a monitor that was taken over may write to it.
-            below.reopen([*map(os.dup, below.descriptors()[:-1]), layer.frozen])
-            layer.frozen = -1
+            file = layers_of(below)[-1].file
+            file.replace(layer.frozen.pop(layer.find(file)))
 
     def close(self) -> None:
         for layer in self._layers:
@@ -80,7 +97,8 @@ class Branching:
             Op.RESET: self._reset,
             Op.MIGRATE: self._migrate,
         }
-        return {op: self._alone(handler) for op, handler in work.items()}
+        alone = {op: self._alone(handler) for op, handler in work.items()}
+        return {op: each if op is Op.SWITCH else whole(self._machine, each) for op, each in alone.items()}
 
     def _alone(self, handler: Callable[[Call], None]) -> Handler:
         """One at a time: a child must not inherit another request, nor its descriptors."""
@@ -189,11 +207,20 @@ class Branching:
         self._later(call, Switch(self._machine, []), begin)
 
     def _layers(self, call: Call) -> Switch:
-        layers = [
-            NewLayer(item["disk"], call.given.take(item["top"]), call.given.take(item["frozen"]))
-            for item in call.args["layers"]
-        ]
-        return Switch(self._machine, layers)
+        """Raises EngineError, when nothing has happened yet, for layers that do not fit the machine's disks."""
+        switch = Switch(
+            self._machine,
+            [
+                NewLayer(item["disk"], call.given.take(item["top"]), [*map(call.given.take, item["frozen"])])
+                for item in call.args["layers"]
+            ],
+        )
+        try:
+            switch.check()
+        except BaseException:
+            switch.close()
+            raise
+        return switch
 
     def _later(self, call: Call, switch: Switch, work: Callable[[], Result | None]) -> None:
         """Answered now, unless ``work`` returns None: it will answer by itself, or need not."""

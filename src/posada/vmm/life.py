@@ -5,6 +5,7 @@ Everything goes through descriptors that the engine opened. `posada.runtime` doe
 
 from __future__ import annotations
 
+import faulthandler
 import fcntl
 import os
 from collections.abc import Callable
@@ -73,6 +74,8 @@ class Life:
 
     def _adopt(self, config: LifeConfig, exit: int) -> None:
         self._config, self._exit = config, exit
+        if exit >= 0:
+            faulthandler.enable(exit, all_threads=False)  # what kills us at once is noted all the same
         self._owner: Owner | None = None
         self._starter: Starter | None = None
         if config.lock >= 0:

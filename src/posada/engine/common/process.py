@@ -97,11 +97,18 @@ async def ended(process: Process, timeout: float | None) -> None:
 
 def has_ended(process: Process) -> bool:
     """Like `alive`, by pidfd: true already for a zombie."""
+    return wait(process, 0)
+
+
+def wait(process: Process, timeout: float) -> bool:
+    """`ended`, for threads: False if it has not within ``timeout`` seconds."""
     fd = open_pidfd(process)
     if fd is None:
         return True
     try:
-        return bool(select.select([fd], [], [], 0)[0])
+        poll = select.poll()  # select(2) takes no descriptor above 1023
+        poll.register(fd, select.POLLIN)
+        return bool(poll.poll(timeout * 1000))
     finally:
         os.close(fd)
 

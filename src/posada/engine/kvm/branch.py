@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,14 +53,25 @@ class Layers(contextlib.ExitStack):
         self.words: list[dict[str, Any]] = []
         with contextlib.ExitStack() as undo:
             for layer in layers:
-                frozen = qcow2.inspect(layer.path).backing
-                if frozen is None:
-                    raise EngineError(f"{layer.path} stands on nothing")
-                for path, writable in ((layer.path, True), (layer.path.parent / frozen, False)):
-                    self.fds.append(open_file(path, writable=writable))
+                top = len(self.fds)
+                for path in (layer.path, *_may_be_written(layer.path)):
+                    self.fds.append(open_file(path, writable=path == layer.path))
                     undo.callback(os.close, self.fds[-1])
-                self.words.append({"disk": layer.disk, "top": len(self.fds) - 2, "frozen": len(self.fds) - 1})
+                self.words.append({"disk": layer.disk, "top": top, "frozen": [*range(top + 1, len(self.fds))]})
             self.push(undo.pop_all())
+
+
+def _may_be_written(top: Path) -> Iterator[Path]:
+    """The files of which one is what the disk is written to now: the layer below ``top``, and what is below that as long
+    as nobody has ever written there: a machine may never have got such a layer (`posada.host.layers`)."""
+    while True:
+        info = qcow2.inspect(top)
+        if info.backing is None:
+            raise EngineError(f"{top} stands on nothing")
+        top = top.parent / info.backing
+        yield top
+        if not qcow2.is_empty_overlay(top):
+            return
 
 
 async def _paused(work: Awaitable[Any]) -> Any:

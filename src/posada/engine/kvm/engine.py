@@ -21,7 +21,7 @@ from posada.engine.base import (
 from posada.engine.common import cgroups, process
 from posada.engine.common.running import read_running
 from posada.engine.common.usage import usage_of
-from posada.engine.kvm import branch, machine, probe, stack, tune
+from posada.engine.kvm import branch, machine, net, probe, stack, tune
 from posada.engine.kvm.control import connect
 from posada.engine.kvm.files import channels, clear
 from posada.engine.kvm.machine import NAME
@@ -115,6 +115,7 @@ class KvmEngine:
 
     def reap(self, launch_runtime: Path) -> None:
         stack.reap(read_running(launch_runtime))
+        net.leave(launch_runtime)
         clear(launch_runtime)
         cgroups.remove(launch_runtime.name)
 
@@ -152,7 +153,7 @@ class KvmEngine:
     async def fork(self, running: Running, children: Sequence[Launch], layers: Sequence[NewLayer]) -> Forked:
         return await branch.fork(running, children, layers)
 
-    async def merge(self, running: Running, disk: DiskFile, keep: int) -> int:
+    async def merge(self, running: Running, disk: DiskFile, keep: int) -> tuple[int, ...]:
         return await tune.merge(running, disk, keep)
 
     async def attach_disk(self, running: Running, disk: DiskFile) -> None:

@@ -28,6 +28,8 @@ from posada.vmm.life import PAUSED
 
 NAME = "kvm"
 
+#: What faulthandler(3) begins with.
+_FATAL = b"Fatal Python error: "
 #: struct flock of fcntl(2) on 64-bit Linux: type, whence, start, length, pid.
 _FLOCK = struct.Struct("hhqqi4x")
 
@@ -98,7 +100,20 @@ def status_of(found: Process, runtime: Path) -> Status:
         return Status(alive=False, ended=ended.reason, crashed=ended.crashed)
     if (runtime / "kill").exists():
         return Status(alive=False, ended=KILLED)
-    return Status(alive=False, ended="its monitor is gone, and left no exit record", crashed=True)
+    return Status(alive=False, ended=_last_words(runtime), crashed=True)
+
+
+def _last_words(runtime: Path) -> str:
+    """How a monitor ended that wrote no exit record: it is nobody's child, so nobody was told. Whatever a program can die of,
+    it notes (`posada.vmm.life`), except for these two."""
+    try:
+        with open(runtime / "exit.json", "rb") as file:
+            line = file.read(200).partition(b"\n")[0]
+    except OSError:
+        line = b""
+    if line.startswith(_FATAL):
+        return f"its monitor crashed: {line.removeprefix(_FATAL).decode('ascii', 'replace')}"
+    return "its monitor was killed: by signal 9, or by seccomp (signal 31) for a call it may not make"
 
 
 def _first_byte(path: Path) -> bytes:

@@ -13,20 +13,26 @@ import asyncio
 import contextlib
 import errno
 import os
+import signal
 import socket
 import struct
 import subprocess
 from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
 
 from posada.engine.base import Launch
+from posada.engine.common import process
 from posada.engine.common.identity import jail_uid
+from posada.engine.common.uncut import in_thread
 from posada.engine.kvm.probe import find_passt
 from posada.errors import EngineError, HostError, Unsupported
-from posada.model.records import PortRecord
+from posada.model.records import PortRecord, Process
 
 #: Seconds for passt to be ready, and for one that is not wanted any more to give up its ports.
-_START_TIMEOUT, _END_TIMEOUT = 10.0, 5.0
+_START_TIMEOUT, _END_TIMEOUT = 10.0, 2.0
 _TRIES = 5
+#: The file in a machine's runtime directory that says who its passt is: pid and start time.
+_PID = "passt.pid"
 _GUEST, _GATEWAY = "10.0.2.15", "10.0.2.2"
 _NETWORK = (
     "--ipv4-only", "--address", _GUEST, "--netmask", "24", "--gateway", _GATEWAY, "--dns-forward", "10.0.2.3",
@@ -64,11 +70,12 @@ async def connect(launch: Launch) -> Network:
     if len(launch.macs) > 1:
         raise Unsupported("kvm", "more than one user-mode network", hint="drop some from nics")
     wanted = [PortRecord(p.guest, p.host or 0, p.address, p.protocol) for p in launch.spec.ports]
-    return await serve(launch.uuid, launch.macs[0], wanted)
+    await in_thread(leave, launch.runtime)
+    return await serve(launch.runtime, launch.macs[0], wanted)
 
 
 async def change(
-    uuid: str,
+    runtime: Path,
     mac: str,
     before: Sequence[PortRecord],
     after: Sequence[PortRecord],
@@ -83,11 +90,11 @@ async def change(
         if port not in before:
             choose(port)  # before anything is given up
     await give(None)
-    await _until_free(before)
+    await in_thread(leave, runtime)
     try:
-        network = await serve(uuid, mac, after)
+        network = await serve(runtime, mac, after)
     except BaseException:
-        await _give(await serve(uuid, mac, before), give)
+        await _give(await serve(runtime, mac, before), give)
         raise
     await _give(network, give)
     return network.ports
@@ -101,16 +108,16 @@ async def _give(network: Network, give: Callable[[int | None], Awaitable[object]
         await network.abandon()
 
 
-async def _until_free(ports: Sequence[PortRecord]) -> None:
-    """The old passt sees the end of its socket, and ends."""
-    deadline = asyncio.get_running_loop().time() + _END_TIMEOUT
-    while asyncio.get_running_loop().time() < deadline:
-        try:
-            for port in ports:
-                choose(port)
-            return
-        except HostError:
-            await asyncio.sleep(0.005)  # nobody tells when a process that is not ours has ended
+def leave(runtime: Path) -> None:
+    """Wait for the passt of a machine that has let go of it, or is dead: it sees the end of its socket, and ends.
+
+    Then its ports are free. Idempotent; takes milliseconds.
+    """
+    found = process.read_pid(runtime / _PID)
+    if found is not None and not process.wait(found, _END_TIMEOUT):
+        process.send(found, signal.SIGKILL)
+        process.wait(found, _END_TIMEOUT)
+    (runtime / _PID).unlink(missing_ok=True)
 
 
 def require_passt() -> str:
@@ -140,8 +147,11 @@ def choose(port: PortRecord) -> PortRecord:
         return PortRecord(port.guest, int(sock.getsockname()[1]), port.address, port.protocol)
 
 
-async def serve(uuid: str, mac: str, wanted: Sequence[PortRecord]) -> Network:
-    """A passt for a guest of that MAC; host port 0: any free one. Raises Unsupported, HostError, EngineError."""
+async def serve(runtime: Path, mac: str, wanted: Sequence[PortRecord]) -> Network:
+    """A passt for a guest of that MAC; host port 0: any free one. It is noted in ``runtime``, which has the vm's uuid.
+
+    Raises Unsupported, HostError, EngineError.
+    """
     binary = require_passt()
     for left in range(_TRIES, 0, -1):
         ports = [choose(port) for port in wanted]
@@ -151,8 +161,11 @@ async def serve(uuid: str, mac: str, wanted: Sequence[PortRecord]) -> Network:
         with contextlib.ExitStack() as undo:
             undo.callback(ours.close)
             with theirs:
-                said = _run([binary, *arguments(ports, theirs.fileno(), jail_uid(uuid))], theirs.fileno())
+                words = [binary, *arguments(ports, theirs.fileno(), jail_uid(runtime.name))]
+                said, found = _run(words, theirs.fileno())
             undo.callback(os.close, said)
+            if found is not None:
+                (runtime / _PID).write_text(f"{found.pid} {found.start}")
             try:
                 await _ready(ours, mac, said)
             except EngineError:
@@ -182,17 +195,19 @@ def arguments(ports: Sequence[PortRecord], fd: int, uid: int | None) -> list[str
     return words
 
 
-def _run(words: list[str], fd: int) -> int:
-    """Start passt in the background. Returns where it says what is wrong; its end is passt's."""
+def _run(words: list[str], fd: int) -> tuple[int, Process | None]:
+    """Start passt in the background. Returns where it says what is wrong, and who it is, unless it has ended already."""
     said, errors = os.pipe()
     try:
         # The shell is our child, and gone at once; passt is init's.
-        null = subprocess.DEVNULL
-        command = ["/bin/sh", "-c", '"$@" &', "sh", *words]
-        subprocess.run(command, stdin=null, stdout=null, stderr=errors, pass_fds=(fd,), cwd="/", check=False)
+        command = ["/bin/sh", "-c", '"$@" > /dev/null & echo $!', "sh", *words]
+        null, pipe = subprocess.DEVNULL, subprocess.PIPE
+        done = subprocess.run(command, stdin=null, stdout=pipe, stderr=errors, pass_fds=(fd,), cwd="/", check=False)
     finally:
         os.close(errors)
-    return said
+    with contextlib.suppress(OSError, ValueError):
+        return said, process.find(int(done.stdout))
+    return said, None
 
 
 async def _ready(ours: socket.socket, mac: str, said: int) -> None:

@@ -17,9 +17,10 @@ from posada.engine.kvm import net
 from posada.engine.kvm.config import Shape, disk_config
 from posada.engine.kvm.control import Session, connect
 from posada.engine.kvm.machine import require_alive
-from posada.errors import EngineError, EngineGone, Unsupported
+from posada.errors import EngineGone, Unsupported
 from posada.model.records import PortRecord, Running
 from posada.proto.monitor import Op
+from posada.runtime.files import identity
 
 #: Seconds for a guest to let go of a disk.
 UNPLUG_TIMEOUT = 20.0
@@ -67,12 +68,19 @@ async def resize_disk(running: Running, name: str, size: int) -> None:
         await session.call(Op.RESIZE_DISK, {"name": name, "size": size}, timeout=60)
 
 
-async def merge(running: Running, disk: DiskFile, keep: int) -> int:
-    args = {"name": disk.name, "layers": len(disk.chain), "keep": keep}
+async def merge(running: Running, disk: DiskFile, keep: int) -> tuple[int, ...]:
+    files = []
+    for path, format in disk.chain:
+        device, inode = identity(path)
+        files.append({"device": device, "inode": inode, "name": str(path), "format": format})
     async with session_of(running) as session:
-        kept = (await session.call(Op.MERGE, args, timeout=MERGE_TIMEOUT)).get("kept")
-    if not isinstance(kept, int) or not 0 < kept <= keep:
-        raise EngineError(f"the monitor's answer makes no sense: {kept!r} layers")
+        answer = await session.call(Op.MERGE, {"name": disk.name, "files": files, "keep": keep}, timeout=MERGE_TIMEOUT)
+    try:
+        kept = msgspec.convert(answer["kept"], tuple[int, ...])
+    except (KeyError, msgspec.ValidationError) as error:
+        raise EngineGone("the monitor speaks nonsense", detail=str(error)) from None
+    if not kept or any(not 0 <= place < len(disk.chain) - 1 for place in kept) or list(kept) != sorted(set(kept)):
+        raise EngineGone(f"the monitor speaks nonsense: it stands on layers {kept}")
     return kept
 
 
@@ -105,7 +113,7 @@ async def _forward(
         mac = (running.private.get("macs") or [""])[0]
         if not mac:
             raise Unsupported("kvm", "forwarded ports of a machine without network", hint="leave nics out of the spec")
-        ports = await net.change(Path(running.runtime).name, mac, running.ports, change(running.ports), give)
+        ports = await net.change(Path(running.runtime), mac, running.ports, change(running.ports), give)
     write_running(Path(running.runtime), msgspec.structs.replace(running, ports=ports))
     return ports
 

@@ -67,6 +67,7 @@ class QemuEngine:
             Feature.UEFI: Verdict(False, hint="use firmware: direct or bios"),
             Feature.CLOUD_INIT: Verdict(False, hint="set the guest up through exec"),
             Feature.DEBUG: Verdict(False, hint="use the kvm engine"),
+            Feature.FOLDERS: Verdict(False, hint="use the kvm engine, or copy what the guest needs: posada cp"),
             Feature.AARCH64: Verdict(False, hint="use arch: x86_64"),
         }
         if not facts.nested:
@@ -136,7 +137,7 @@ class QemuEngine:
     async def fork(self, running: Running, children: Sequence[Launch], layers: Sequence[NewLayer]) -> Forked:
         return await fork.fork(running, children, layers, self.facts())
 
-    async def merge(self, running: Running, disk: DiskFile, keep: int) -> int:
+    async def merge(self, running: Running, disk: DiskFile, keep: int) -> tuple[int, ...]:
         return await tune.merge(running, disk, keep)
 
     def reap(self, launch_runtime: Path) -> None:

@@ -52,9 +52,9 @@ async def detach_disk(running: Running, name: str) -> None:
         await disks.close_unused(session)
 
 
-async def merge(running: Running, disk: DiskFile, keep: int) -> int:
+async def merge(running: Running, disk: DiskFile, keep: int) -> tuple[int, ...]:
     async with Machine(running).session() as session:
-        return await merging.merge(session, disk, keep)
+        return await merging.merge(session, running.process.pid, disk, keep)
 
 
 async def resize_disk(running: Running, name: str, size: int) -> None:

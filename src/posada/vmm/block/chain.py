@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Sequence
 from contextlib import suppress
 
 from posada.errors import ImageError
+from posada.runtime.files import identity
 from posada.vmm.block.disk import Disk
 from posada.vmm.block.qcow2.disk import Qcow2Disk
 from posada.vmm.block.raw import RawDisk
 
 MAX_LAYERS = 64
+
+
+Layer = RawDisk | Qcow2Disk
 
 
 def open_chain(chain: Sequence[tuple[int, str]], size: int | None = None, readonly: bool = False) -> Disk:
@@ -41,6 +46,36 @@ def open_chain(chain: Sequence[tuple[int, str]], size: int | None = None, readon
         raise
     assert disk is not None
     return disk
+
+
+def layers_of(top: Disk) -> list[Layer]:
+    """The layers of a disk, lowest first, itself last."""
+    layers: list[Layer] = []
+    at: Disk | None = top
+    while at is not None:
+        assert isinstance(at, RawDisk | Qcow2Disk)
+        layers.append(at)
+        at = at.backing if isinstance(at, Qcow2Disk) else None
+    return layers[::-1]
+
+
+def reopen(disk: Disk, fds: Sequence[int]) -> None:
+    """Use these descriptors of the disk's layers instead; those it has, and those it has no use for, are closed.
+
+    For a forked child: they are its own, and read-only for what its parent still has open. Each layer takes the one
+    that is the same file, in whatever order they come: more may be given than it has (`posada.host.layers` says why).
+    Raises OSError (EINVAL) if a layer finds none; the disk is of no use then.
+    """
+    given = dict(zip(map(identity, fds), fds, strict=True))
+    try:
+        for layer in layers_of(disk):
+            fd = given.pop(layer.file.identity(), None)
+            if fd is None:
+                raise OSError(errno.EINVAL, "no descriptor was given for one of the disk's layers")
+            layer.file.replace(fd)
+    finally:
+        for fd in given.values():
+            os.close(fd)
 
 
 def _layer(fd: int, format: str, below: Disk | None, size: int | None, readonly: bool) -> Disk:

@@ -57,14 +57,8 @@ class Disk(Protocol):
         Durable only after the next `flush`, which stays possible, also of an overlay above it.
         """
 
-    def reopen(self, fds: Sequence[int]) -> None:
-        """Use these descriptors, one for each layer of this disk, the lowest first, instead; the old ones are closed.
-
-        For a forked child: they are its own, and read-only for what its parent still has open.
-        """
-
     def descriptors(self) -> list[int]:
-        """What `reopen` would replace."""
+        """One for each layer of this disk, the lowest first."""
 
     def close(self) -> None:
         """`flush` and close the descriptors, also when that raises. Idempotent."""

@@ -9,6 +9,7 @@ import stat
 import time
 
 from posada.errors import ImageError
+from posada.runtime.files import Identity, identity
 from posada.vmm.block.disk import Buffers, Cold, total, zero, zeros
 
 _IOV_MAX = 1024
@@ -144,6 +145,10 @@ class File:
     def truncate(self, length: int) -> None:
         self._unsynced = True
         os.ftruncate(self.fd, length)
+
+    def identity(self) -> Identity:
+        """Which file it is, whatever its name."""
+        return identity(self.fd)
 
     def replace(self, fd: int) -> None:
         """Go on with another descriptor of the same file."""

@@ -7,6 +7,7 @@ be cut at any instant, and done again.
 from __future__ import annotations
 
 from posada.errors import ImageError
+from posada.vmm.block.chain import layers_of
 from posada.vmm.block.disk import Disk
 from posada.vmm.block.qcow2.disk import Qcow2Disk
 from posada.vmm.block.qcow2.image import COPIED
@@ -36,15 +37,6 @@ def merge(top: Disk, keep: int) -> int:
     for layer in between:
         layer.file.close()
     return keep
-
-
-def layers_of(top: Disk) -> list[Disk]:
-    """The layers of a disk, lowest first, itself last."""
-    layers: list[Disk] = [top]
-    while isinstance(top, Qcow2Disk) and top.backing is not None:
-        top = top.backing
-        layers.append(top)
-    return layers[::-1]
 
 
 def _copy(layer: Qcow2Disk, top: Qcow2Disk) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Generator, Sequence
+from collections.abc import Generator
 
 from posada.errors import ImageError
 from posada.vmm.block.disk import Buffers, beyond_end, read_only, total
@@ -68,10 +68,6 @@ class RawDisk:
 
     def freeze(self) -> None:
         self.readonly = True
-
-    def reopen(self, fds: Sequence[int]) -> None:
-        (fd,) = fds
-        self.file.replace(fd)
 
     def descriptors(self) -> list[int]:
         return [self.file.fd]

@@ -21,7 +21,7 @@ from typing import Any
 
 from posada.errors import ImageError, StateError
 from posada.vmm import state
-from posada.vmm.block.chain import overlay
+from posada.vmm.block.chain import overlay, reopen
 from posada.vmm.block.disk import Cold, Disk, total
 from posada.vmm.block.file import File
 from posada.vmm.block.worker import Worker
@@ -128,7 +128,7 @@ class Blk(Device):
         ``overlay``: one for its own new top layer. Either may be missing: a read-only disk needs neither."""
         self._worker.after_fork()
         if "layers" in given:
-            self.disk.reopen(given["layers"])
+            reopen(self.disk, given["layers"])
         if "overlay" in given:
             self.switch(given["overlay"])
 

@@ -6,9 +6,8 @@ after `Qcow2Disk.freeze` parent and child each go on with an overlay of their ow
 
 from __future__ import annotations
 
-import errno
 from array import array
-from collections.abc import Generator, Sequence
+from collections.abc import Generator
 
 from posada.errors import ImageError
 from posada.vmm.block.disk import Buffers, Cursor, Disk, beyond_end, read_only, total, zero, zeros
@@ -232,13 +231,6 @@ class Qcow2Disk:
         if not self.readonly:
             self.clusters.freeze()
             self.readonly = True
-
-    def reopen(self, fds: Sequence[int]) -> None:
-        if self.backing is not None:
-            self.backing.reopen(fds[:-1])
-        elif len(fds) != 1:
-            raise OSError(errno.EINVAL, "not one descriptor for each layer")
-        self.file.replace(fds[-1])
 
     def descriptors(self) -> list[int]:
         return [*(self.backing.descriptors() if self.backing is not None else []), self.file.fd]

@@ -13,7 +13,7 @@ from struct import Struct
 from typing import NoReturn
 
 from posada.errors import ImageError
-from posada.proto.qcow2 import CORRUPT, DIRTY, EXTENDED_L2, HEAD, Qcow2Info, parse_header
+from posada.proto.qcow2 import CORRUPT, DIRTY, EXTENDED_L2, HEAD, Qcow2Info, parse_header, rename_backing
 from posada.vmm.block.file import File
 
 COPIED, COMPRESSED, ZERO = 1 << 63, 1 << 62, 1
@@ -82,6 +82,15 @@ class Image:
                 self.file.sync()
         self.damage = self.damage or reason
         raise ImageError(f"the qcow2 image is corrupt: {reason}", hint="qemu-img check -r all may repair it")
+
+    def rename_backing(self, name: bytes, format: bytes) -> None:
+        """Say what it stands on now: for people and tools, nobody here follows the name. Durable.
+
+        Raises ImageError: no room for it; OSError.
+        """
+        head = bytes(self.file.read(0, self.cluster))
+        self.file.write(0, rename_backing(head, name, format))
+        self.file.sync()
 
     def check_cluster(self, at: int, length: int, *, writing: bool) -> None:
         """Guest data at ``at``: in the file and, to be written, no metadata. Marks the image and raises otherwise."""
