@@ -15,6 +15,7 @@
 #include "agent.h"
 #include "cgroup.h"
 #include "cmdline.h"
+#include "folders.h"
 #include "listen.h"
 #include "modules.h"
 #include "netconf.h"
@@ -217,6 +218,9 @@ void init_run(void)
 		return;
 	}
 	mount_rest();
+	boot_failed = folders_mount();
+	if (boot_failed)
+		say("posada-agent: boot failed: %s", boot_failed);
 	timing_step("other mounts");
 	set_hostname(cmdline_get("posada.hostname", NULL));
 	fill_machine_id();

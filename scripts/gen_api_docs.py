@@ -28,7 +28,7 @@ SECTIONS: dict[str, str] = {
     "Machines": "VM ExecOptions SpecFields Vms Process ExecResult Output Files FileInfo FileType DirEntry Transfer Waiter "
     "Console Snapshot Port",
     "The host": "Host Images Image Operations Operation Events Check RecoverReport Progress",
-    "Specs": "make_spec spec_from_yaml spec_from_json spec_to_yaml spec_to_json MachineSpec DiskSpec NicSpec PortSpec "
+    "Specs": "make_spec spec_from_yaml spec_from_json spec_to_yaml spec_to_json MachineSpec DiskSpec FolderSpec NicSpec PortSpec "
     "DirectKernel CloudInit Limits",
     "Records": "State VmRecord SnapshotRecord SnapshotKind ImageRecord OperationRecord OperationState PortRecord Event "
     "Inspection Usage Capabilities Feature Verdict",

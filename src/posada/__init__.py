@@ -75,6 +75,7 @@ if TYPE_CHECKING:
         CloudInit,
         DirectKernel,
         DiskSpec,
+        FolderSpec,
         Limits,
         MachineSpec,
         NicSpec,
@@ -124,7 +125,7 @@ _HOMES = {
     "posada.model.exec": "ExecResult Output",
     "posada.model.files": "DirEntry FileInfo FileType Transfer",
     "posada.model.machine": (
-        "CloudInit DirectKernel DiskSpec Limits MachineSpec NicSpec PortSpec make_spec spec_from_json "
+        "CloudInit DirectKernel DiskSpec FolderSpec Limits MachineSpec NicSpec PortSpec make_spec spec_from_json "
         "spec_from_yaml spec_to_json spec_to_yaml"
     ),
     "posada.model.progress": "Progress",
@@ -138,7 +139,7 @@ _MODULE_OF = {name: module for module, names in _HOMES.items() for name in names
 __all__ = [
     "VM", "AlreadyExists", "Busy", "Cancelled", "Capabilities", "Check", "CloudInit", "CommandError", "Console",
     "DirEntry", "DirectKernel", "DiskSpec", "EngineError", "EngineGone", "Event", "Events", "ExecOptions",
-    "ExecResult", "Feature", "FileInfo", "FileType", "Files", "ForkError", "GuestError", "GuestGone", "Host",
+    "ExecResult", "Feature", "FileInfo", "FileType", "Files", "FolderSpec", "ForkError", "GuestError", "GuestGone", "Host",
     "HostError", "Image", "ImageError", "ImageRecord", "Images", "InUse", "Inspection", "InvalidState", "KvmError", "Limits",
     "MachineSpec", "NicSpec", "NotFound", "Operation", "OperationRecord", "OperationState", "Operations", "Output",
     "Port", "PortRecord", "PortSpec", "PosadaError", "Process", "Progress", "ProtocolError", "RecoverReport",

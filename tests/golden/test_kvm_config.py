@@ -67,7 +67,12 @@ def child(fd: Descriptor) -> MonitorConfig:
     return config.forked(launch(ROOT, agent=True), fd, cid=77, uid=1_900_000_001, shape=Shape())
 
 
-CASES = [bare, direct, restored_with_an_attached_disk, child]
+def with_folders(fd: Descriptor) -> MonitorConfig:
+    spec = make_spec(image="x", nics=[], memory="64MiB", folders=["/src:/work", "/data:/data:ro"])
+    return config.boot(launch(macs=(), spec=spec, kernel=Path("/i/vmlinux")), fd, cid=3, uid=None)
+
+
+CASES = [bare, direct, with_folders, restored_with_an_attached_disk, child]
 
 
 def written(case: Callable[[Descriptor], MonitorConfig]) -> str:

@@ -31,6 +31,8 @@ def spec_options(function: F) -> F:
             click.option("--nested", is_flag=True, help="Let it run machines of its own."),
             click.option("--disk", "disks", multiple=True, metavar="[NAME=]SIZE",
                          help="Size of the root disk, or with a name an empty disk more. Repeatable."),
+            click.option("--folder", "folders", multiple=True, metavar="HOST:GUEST[:ro]",
+                         help="Share a directory of this host; ro: the guest only reads it. Repeatable."),
             click.option("-p", "--port", "ports", multiple=True, metavar="[[ADDRESS:]HOST:]GUEST[/udp]",
                          help="Forward a port of this host to the guest. Repeatable."),
             click.option("-l", "--label", "labels", multiple=True, metavar="KEY=VALUE", callback=pairs,
@@ -58,6 +60,8 @@ def read_spec(options: Mapping[str, Any], image: str | None) -> MachineSpec:
     fields = {key: options[key] for key in ("name", "cpus", "memory", "lifetime", "idle", "engine", "arch", "hostname")}
     if options["ports"]:
         fields["ports"] = list(options["ports"])
+    if options["folders"]:
+        fields["folders"] = [*base.get("folders", []), *map(_folder, options["folders"])]
     if options["labels"]:
         fields["labels"] = {**base.get("labels", {}), **options["labels"]}
     if options["append"]:
@@ -77,6 +81,16 @@ def read_spec(options: Mapping[str, Any], image: str | None) -> MachineSpec:
     if disks:
         fields["disks"] = disks
     return build_spec(image, base, fields)
+
+
+def _folder(text: str) -> dict[str, Any]:
+    """``HOST:GUEST[:ro]``, where HOST may be relative to where we are. Raises SpecError."""
+    import os
+
+    from posada.model.machine import parse_folder
+
+    folder: dict[str, Any] = parse_folder(text, field="folders")
+    return {**folder, "source": os.path.abspath(os.path.expanduser(folder["source"]))}
 
 
 def _read_file(path: str) -> dict[str, Any]:

@@ -8,7 +8,17 @@ from typing import Any, BinaryIO, TypedDict
 import msgspec
 
 from posada.errors import SpecError
-from posada.model.machine import CloudInit, DirectKernel, DiskSpec, Limits, MachineSpec, NicSpec, PortSpec, make_spec
+from posada.model.machine import (
+    CloudInit,
+    DirectKernel,
+    DiskSpec,
+    FolderSpec,
+    Limits,
+    MachineSpec,
+    NicSpec,
+    PortSpec,
+    make_spec,
+)
 
 
 class SpecFields(TypedDict, total=False):
@@ -27,6 +37,8 @@ class SpecFields(TypedDict, total=False):
     disk: int | str
     """Size of the root disk; at least the image's. Shorthand for ``disks=[DiskSpec(size=…)]``."""
     disks: Sequence[DiskSpec | Mapping[str, Any]]
+    folders: Sequence[FolderSpec | Mapping[str, Any] | str]
+    """Directories of this host that the guest sees: ``"/host/path:/guest/path"``, with ``:ro`` read-only."""
     firmware: str
     boot: DirectKernel | Mapping[str, Any]
     nics: Sequence[NicSpec | Mapping[str, Any]]

@@ -46,6 +46,7 @@ def needs(spec: MachineSpec) -> list[Feature]:
         Feature.AARCH64: spec.arch == "aarch64",
         Feature.CLOUD_INIT: spec.cloud_init is not None,
         Feature.NESTED: spec.nested,
+        Feature.FOLDERS: bool(spec.folders),
         Feature.USER_NETWORK: bool(spec.nics),
         Feature.PORTS: bool(spec.ports),
     }

@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from posada.model.machine import FolderSpec
+
 #: What user-mode networking gives every guest (QEMU's slirp defaults).
 USER_ADDRESS, USER_GATEWAY, USER_DNS = "10.0.2.15/24", "10.0.2.2", "10.0.2.3"
 
 
 def command_line(
-    *, agent: bool, root: bool, hostname: str, network: bool, emulated: bool, image_append: str, user_append: str
+    *,
+    agent: bool,
+    root: bool,
+    hostname: str,
+    network: bool,
+    emulated: bool,
+    image_append: str,
+    user_append: str,
+    folders: Sequence[FolderSpec] = (),
 ) -> str:
     """One line of text.
 
     ``agent``: posada's agent is /init. ``root``: the first disk holds the root file system. ``emulated``: the guest's
-    kernel runs under emulation, where it protects nobody by its mitigations and pays dearly for them.
+    kernel runs under emulation, where it protects nobody by its mitigations and pays dearly for them. ``folders``: what
+    the agent mounts.
     """
     words = ["console=ttyS0", "quiet"]
     if emulated:
@@ -26,4 +39,6 @@ def command_line(
         words.append(f"posada.hostname={hostname}")
         if network:
             words += [f"posada.net={USER_ADDRESS}", f"posada.gw={USER_GATEWAY}", f"posada.dns={USER_DNS}"]
+        for index, folder in enumerate(folders):
+            words.append(f"posada.folder{index}={folder.target}{':ro' if folder.readonly else ''}")
     return " ".join([*words, *image_append.split(), *user_append.split()])

@@ -13,7 +13,7 @@ from posada.errors import InvalidState, SpecError
 from posada.host import faults, names
 from posada.host.files import remove_tree
 from posada.host.house import House, now
-from posada.host.launch import check_spec, macs_for
+from posada.host.launch import check_folders, check_spec, macs_for
 from posada.host.layers import drop, frozen_path, new_layer
 from posada.host.operations import Operation
 from posada.host.process import me
@@ -31,6 +31,7 @@ async def create(house: House, spec: MachineSpec, progress: Progress | None = No
     validate(spec)
     engine = choose(spec)
     check_spec(spec, engine.capabilities())
+    check_folders(house, spec)
     uid = str(uuid.uuid4())
     target = spec.name or spec.image or uid[:8]
     async with AsyncExitStack() as stack:

@@ -12,7 +12,7 @@ import msgspec
 
 from posada.engine.base import Launch
 from posada.engine.registry import needs
-from posada.errors import HostError, SpecError
+from posada.errors import HostError, SpecError, Unsupported
 from posada.host.bootline import command_line
 from posada.host.house import House
 from posada.host.layers import disk_files
@@ -30,6 +30,28 @@ def check_spec(spec: MachineSpec, can: Capabilities) -> None:
         raise SpecError("cpus", f"the {can.engine} engine gives at most {can.max_cpus} here")
     if can.max_memory and spec.memory > can.max_memory:
         raise SpecError("memory", f"the {can.engine} engine gives at most {format_size(can.max_memory)} here")
+
+
+def check_folders(house: House, spec: MachineSpec) -> None:
+    """Raise SpecError for a folder that is not there, or that would give the guest posada's own state to write to."""
+    for i, folder in enumerate(spec.folders):
+        where = f"folders[{i}].source"
+        if not os.path.isdir(folder.source):
+            raise SpecError(where, f"{folder.source} is not a directory of this host", hint="make it first")
+        real = os.path.realpath(folder.source)
+        for own in (house.paths.home, house.paths.runtime):
+            state = os.path.realpath(own)
+            if not folder.readonly and os.path.commonpath([real, state]) in (real, state):
+                hint = "share less, or read-only"
+                raise SpecError(where, f"the guest could change posada's state in {state}", hint=hint)
+
+
+def refuse_folders(vm: VmRecord, what: str) -> None:
+    """Raise Unsupported for a vm that has folders: what its guest has open there cannot be copied."""
+    if vm.spec.folders:
+        shared = ", ".join(folder.source for folder in vm.spec.folders)
+        hint = "take a snapshot of its disks only, or use a machine without folders"
+        raise Unsupported(vm.engine, f"{what} of {vm.name!r}, which shares {shared}", hint=hint)
 
 
 def new_mac() -> str:
@@ -51,6 +73,7 @@ def build_launch(house: House, vm: VmRecord, *, ports: Sequence[PortRecord] = ()
     runtime.mkdir(mode=0o700, parents=True, exist_ok=True)
     house.paths.activity(vm.uuid).touch()
     spec = _pin(vm.spec, ports)
+    check_folders(house, spec)
     agent = house.has_agent(vm)
     kernel, initrd, append = None, None, ""
     # The fake engine boots nothing: its tests need no kernel, and no agent built.
@@ -65,6 +88,7 @@ def build_launch(house: House, vm: VmRecord, *, ports: Sequence[PortRecord] = ()
             emulated="tcg" in house.engine(vm.engine).capabilities().accelerator,
             image_append=image.append if image is not None and spec.boot.kernel is None else "",
             user_append=spec.boot.append,
+            folders=spec.folders,
         )
     return Launch(
         uuid=vm.uuid,

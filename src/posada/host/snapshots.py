@@ -14,7 +14,7 @@ from posada.host import faults, identity
 from posada.host.capturing import growing, still
 from posada.host.files import remove_tree, write_atomic
 from posada.host.house import House, now
-from posada.host.launch import build_launch
+from posada.host.launch import build_launch, refuse_folders
 from posada.host.layers import collect, overlay
 from posada.host.merging import merge_deep
 from posada.model.capabilities import Feature
@@ -51,6 +51,8 @@ async def snapshot(
         name = _name(name, taken)
         can = house.engine(vm.engine).capabilities()
         can.require(Feature.SNAPSHOT_FULL if kind is SnapshotKind.FULL else Feature.SNAPSHOT_DISKS)
+        if kind is SnapshotKind.FULL:
+            refuse_folders(vm, "a snapshot with the memory")
         return await _take(house, vm, name, kind, progress)
 
 

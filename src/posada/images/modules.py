@@ -22,7 +22,7 @@ from posada.errors import ImageError
 #: What the machine has no device for is left out by the agent (`conditions`).
 BOOT = (
     "virtio_pci", "virtio_mmio", "virtio_console", "vmw_vsock_virtio_transport", "virtio_blk", "virtio_net", "virtio_rng",
-    "virtio_balloon", "tcp_diag",
+    "virtio_balloon", "virtiofs", "tcp_diag",
 )  # fmt: skip
 
 _PLUGGED = ("virtio_blk", "virtio_net")

@@ -26,6 +26,7 @@ class Feature(str, enum.Enum):
     USER_NETWORK = "user-mode network"
     PORTS = "port forwarding"
     MERGE_LAYERS = "merging disk layers of a running machine"
+    FOLDERS = "folders of the host"
     ATTACH_DISK = "attaching disks to a running machine"
     BALLOON = "memory balloon"
     RESIZE_LIVE = "resizing a running machine"

@@ -21,11 +21,13 @@ SPEC_VERSION = 1
 
 _NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 _LABEL = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._/-]{0,61}[A-Za-z0-9])?")
+_TARGET = re.compile(r"(/[A-Za-z0-9._+@-]+)+")
 _MAC = re.compile(r"([0-9a-f]{2}:){5}[0-9a-f]{2}")
 
 MAX_CPUS = 255
 MIN_MEMORY, MAX_MEMORY = 64 * MIB, 4 * TIB
 MIN_DISK, MAX_DISK = 1 * MIB, 64 * TIB
+MAX_FOLDERS = 8
 
 
 class DiskSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -39,6 +41,18 @@ class DiskSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     name: str = "root"
     size: int | None = None
     source: str | None = None
+    readonly: bool = False
+
+
+class FolderSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A directory of the host that the guest sees, and with it whoever else it is shared with.
+
+    ``source`` is its absolute path on the host; ``target`` is where the agent mounts it in the guest. A guest without
+    posada's agent mounts it itself: ``mount -t virtiofs folder0 DIR`` (the second is folder1, and so on).
+    """
+
+    source: str
+    target: str
     readonly: bool = False
 
 
@@ -101,6 +115,7 @@ class MachineSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     firmware: Literal["direct", "bios", "uefi"] = "direct"
     boot: DirectKernel = DirectKernel()
     disks: tuple[DiskSpec, ...] = ()
+    folders: tuple[FolderSpec, ...] = ()
     nics: tuple[NicSpec, ...] = (NicSpec(),)
     ports: tuple[PortSpec, ...] = ()
     cloud_init: CloudInit | None = None
@@ -128,6 +143,8 @@ def _normalise(value: Any, path: str) -> Any:
                 out[key] = parse_duration(item, field=where)
             elif key == "ports" and isinstance(item, (list, tuple)):
                 out[key] = [parse_port(p, field=f"{where}[{i}]") for i, p in enumerate(item)]
+            elif key == "folders" and isinstance(item, (list, tuple)):
+                out[key] = [parse_folder(f, field=f"{where}[{i}]") for i, f in enumerate(item)]
             elif key == "labels":
                 out[key] = item
             else:
@@ -163,6 +180,17 @@ def parse_port(value: Any, *, field: str = "port") -> Any:
     if protocol:
         out["protocol"] = protocol
     return out
+
+
+def parse_folder(value: Any, *, field: str = "folder") -> Any:
+    """A folder as people write it: ``/host/path:/guest/path``, with an optional ``:ro``."""
+    if not isinstance(value, str):
+        return msgspec.to_builtins(value) if isinstance(value, msgspec.Struct) else value
+    text, readonly = value.removesuffix(":ro"), value.endswith(":ro")
+    source, colon, target = text.rpartition(":")
+    if not (source and colon and target):
+        raise SpecError(field, f"{value!r} is not a folder", hint="write it as HOST:GUEST or HOST:GUEST:ro")
+    return {"source": source, "target": target, "readonly": readonly}
 
 
 def make_spec(data: Mapping[str, Any] | MachineSpec | None = None, /, **fields: Any) -> MachineSpec:
@@ -214,6 +242,7 @@ def validate(spec: MachineSpec) -> None:
     if spec.image is None and spec.boot.kernel is None and not any(d.source for d in spec.disks):
         raise SpecError("image", "is missing", hint="name an image, a kernel (boot.kernel) or a disk (disks[0].source)")
     _validate_disks(spec)
+    _validate_folders(spec)
     for i, nic in enumerate(spec.nics):
         if nic.mac is not None:
             if not _MAC.fullmatch(nic.mac):
@@ -249,6 +278,29 @@ def _validate_disks(spec: MachineSpec) -> None:
                 raise SpecError(f"{where}.size", f"{disk.size} bytes is not a multiple of 512")
         elif disk.source is None and (i > 0 or spec.image is None):
             raise SpecError(f"{where}.size", "is missing", hint="an empty disk needs a size, like 10GiB")
+
+
+def _validate_folders(spec: MachineSpec) -> None:
+    if len(spec.folders) > MAX_FOLDERS:
+        raise SpecError("folders", f"{len(spec.folders)} are too many", hint=f"use at most {MAX_FOLDERS}")
+    seen: list[str] = []
+    for i, folder in enumerate(spec.folders):
+        where = f"folders[{i}]"
+        if not folder.source.startswith("/") or "\0" in folder.source:
+            raise SpecError(f"{where}.source", f"{folder.source!r} is not an absolute path", hint="begin it with /")
+        target = folder.target
+        plain = _TARGET.fullmatch(target) and len(target) <= 128 and not {".", ".."} & set(target.split("/"))
+        if not plain:
+            hint = "an absolute path of at most 128 letters, digits and . _ + @ -"
+            raise SpecError(f"{where}.target", f"{target!r} cannot be mounted at", hint=hint)
+        if target.split("/")[1] in ("dev", "proc", "sys"):
+            raise SpecError(f"{where}.target", f"{target} is the guest kernel's", hint="mount it elsewhere, like /srv")
+        if target in seen:
+            raise SpecError(f"{where}.target", f"{target} is used twice")
+        hidden = [other for other in seen if other.startswith(target + "/")]
+        if hidden:
+            raise SpecError(f"{where}.target", f"{target} would hide {hidden[0]}", hint="name the outer one first")
+        seen.append(target)
 
 
 def _validate_ports(spec: MachineSpec) -> None:

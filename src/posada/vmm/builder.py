@@ -34,6 +34,7 @@ from posada.vmm.vcpu import Vcpus, VcpuThread
 from posada.vmm.virtio.balloon import Balloon
 from posada.vmm.virtio.blk import Blk
 from posada.vmm.virtio.device import Device
+from posada.vmm.virtio.fs import Fs
 from posada.vmm.virtio.mmio import MmioTransport
 from posada.vmm.virtio.net import Net
 from posada.vmm.virtio.pages import RegisterPages
@@ -116,6 +117,8 @@ def devices(config: MonitorConfig) -> Iterator[tuple[str, Device]]:
         yield f"bay:{index}", Bay(opened, there.name if there is not None else "")
     for index, nic in enumerate(config.nics):
         yield f"nic:{index}", Net(nic.mac, open_backend(nic.kind.value, nic.fd), mtu=nic.mtu)
+    for folder in config.folders:
+        yield folder.tag, Fs(folder.tag, folder.fd)
 
 
 def add_console(machine: Machine) -> None:

@@ -19,6 +19,7 @@ from posada.vmm.memory import MAX_SIZE, PAGE
 MAX_CPUS = 64
 MAX_DISKS = 16
 MAX_NICS = 8
+MAX_FOLDERS = 8
 MAX_BAYS = 8
 MAX_FD = 1 << 20
 FORMATS = ("raw", "qcow2")
@@ -88,6 +89,18 @@ class NicConfig:
             raise state.StateError(f"'mac' is not a MAC address: {mac!r}") from None
         fd = state.integer(d, "fd", -1 if kind is NicKind.NONE else 0, MAX_FD, -1)
         return cls(mac, kind, fd, state.integer(d, "mtu", 0, 65535, 0))
+
+
+@dataclass(frozen=True, slots=True)
+class FolderConfig:
+    """A folder of the host. ``tag``: what the guest mounts; ``fd``: the socket of its server (`posada.vmm.folder`)."""
+
+    tag: str
+    fd: int
+
+    @classmethod
+    def from_dict(cls, d: state.Document) -> FolderConfig:
+        return cls(state.text(d, "tag", 36), state.integer(d, "fd", 0, MAX_FD))
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,6 +203,7 @@ class MonitorConfig:
     bays: int = 0
     """Block devices that wait for a disk."""
     nics: tuple[NicConfig, ...] = ()
+    folders: tuple[FolderConfig, ...] = ()
     vsock: VsockConfig | None = None
     console: ConsoleConfig = field(default_factory=ConsoleConfig)
     life: LifeConfig = field(default_factory=LifeConfig)
@@ -207,7 +221,8 @@ class MonitorConfig:
             document["vsock"]["listeners"] = [list(pair) for pair in document["vsock"]["listeners"]]
         if document["restore"] is not None:
             document["restore"]["memory"] = list(document["restore"]["memory"])
-        document["disks"], document["nics"] = list(document["disks"]), list(document["nics"])
+        for name in ("disks", "nics", "folders"):
+            document[name] = list(document[name])
         return document
 
     def relocated(self, take: Callable[[int], int]) -> MonitorConfig:
@@ -230,6 +245,7 @@ class MonitorConfig:
             incoming=at(self.incoming),
             disks=tuple(replace(disk, chain=tuple((at(fd), kind) for fd, kind in disk.chain)) for disk in self.disks),
             nics=tuple(replace(nic, fd=at(nic.fd)) for nic in self.nics),
+            folders=tuple(replace(folder, fd=at(folder.fd)) for folder in self.folders),
             vsock=vsock,
             console=replace(console, listener=at(console.listener), log=at(console.log), log_old=at(console.log_old)),
             life=replace(
@@ -274,6 +290,7 @@ class MonitorConfig:
             disks=tuple(map(DiskConfig.from_dict, state.children(d, "disks", MAX_DISKS))),
             bays=state.integer(d, "bays", 0, MAX_BAYS, 0),
             nics=tuple(map(NicConfig.from_dict, state.children(d, "nics", MAX_NICS))),
+            folders=tuple(map(FolderConfig.from_dict, state.children(d, "folders", MAX_FOLDERS))),
             vsock=VsockConfig.from_dict(state.child(d, "vsock")) if d.get("vsock") is not None else None,
             console=ConsoleConfig.from_dict(state.child(d, "console")),
             life=LifeConfig.from_dict(state.child(d, "life")),

@@ -2,8 +2,8 @@
 
 Every file and socket is opened by us and inherited, or sent: ``fd`` is asked for each by role, and answers with the number
 under which the monitor will find it. The roles: ``kvm``, ``control``, ``exit``, ``kernel``, ``initrd``,
-``disk:NAME:I:ro`` and ``disk:NAME:I:rw`` (file I of the disk's chain), ``nic:I``, ``agent``, ``vsock``, ``console``,
-``log``, ``log.1``, ``starter``, ``lock``, ``status``, ``activity``, ``owner``, ``root``.
+``disk:NAME:I:ro`` and ``disk:NAME:I:rw`` (file I of the disk's chain), ``nic:I``, ``folder:I``, ``agent``, ``vsock``,
+``console``, ``log``, ``log.1``, ``starter``, ``lock``, ``status``, ``activity``, ``owner``, ``root``.
 """
 
 from __future__ import annotations
@@ -13,12 +13,14 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from posada.engine.base import DiskFile, Launch
+from posada.engine.kvm import folders
 from posada.errors import EngineError, Unsupported
 from posada.proto.frames import VSOCK_PORT
 from posada.vmm.config import (
     MAX_BAYS,
     ConsoleConfig,
     DiskConfig,
+    FolderConfig,
     JailConfig,
     MonitorConfig,
     NicConfig,
@@ -100,12 +102,14 @@ def restored(
     launch: Launch, fd: Descriptor, *, cid: int, uid: int | None, shape: Shape, restore: RestoreConfig
 ) -> MonitorConfig:
     """A machine that begins with another's memory and devices, in a process of its own."""
+    folders.refuse(launch, "restore")
     base = _machine(launch, fd, cid, uid, shape)
     return dataclasses.replace(base, kvm=fd("kvm"), jail=_jail(base, fd), restore=restore)
 
 
 def forked(launch: Launch, fd: Descriptor, *, cid: int, uid: int | None, shape: Shape) -> MonitorConfig:
     """A machine that its parent's process becomes. Its disks' layers are the parent's but for the top, by files of its own."""
+    folders.refuse(launch, "fork")
     return _machine(launch, fd, cid, uid, shape)
 
 
@@ -138,6 +142,7 @@ def _machine(launch: Launch, fd: Descriptor, cid: int, uid: int | None, shape: S
         disks=tuple(disk_config(disk, fd, shape.inserted.get(disk.name, -1)) for disk in launch.disks),
         bays=shape.bays,
         nics=tuple(NicConfig(mac, NicKind.PASST, fd(f"nic:{i}")) for i, mac in enumerate(launch.macs)),
+        folders=tuple(FolderConfig(f"folder{i}", fd(f"folder:{i}")) for i in range(len(spec.folders))),
         vsock=VsockConfig(cid, ((VSOCK_PORT, fd("agent")),) if launch.agent else (), fd("vsock")),
         console=ConsoleConfig(fd("console"), fd("log"), fd("log.1")),
         life=LifeConfig(

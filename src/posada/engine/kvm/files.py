@@ -42,16 +42,17 @@ def clear(runtime: Path) -> None:
 class Descriptors(contextlib.ExitStack):
     """Opens what one machine is given. All is closed at the end of the ``with``: the monitor has its own then.
 
-    ``nics``: one descriptor for each NIC, given away. Raises HostError, ImageError.
+    ``nics``, ``folders``: one descriptor for each, given away. Raises HostError, ImageError.
     """
 
-    def __init__(self, launch: Launch, nics: Sequence[int]) -> None:
+    def __init__(self, launch: Launch, nics: Sequence[int], folders: Sequence[int] = ()) -> None:
         super().__init__()
-        self._launch, self._nics = launch, nics
+        self._launch = launch
+        self._connected = {"nic": nics, "folder": folders}
         self.given: list[int] = []
         """Everything that was asked for, in order."""
         self._ours: socket.socket | None = None
-        for fd in nics:
+        for fd in (*nics, *folders):
             self.callback(os.close, fd)
 
     def inherited(self, role: str) -> int:
@@ -62,8 +63,8 @@ class Descriptors(contextlib.ExitStack):
         """The index of the descriptor, for a process that is sent `given`."""
         kind, _, rest = role.partition(":")
         runtime = self._launch.runtime
-        if kind == "nic":
-            return self._give(self._nics[int(rest)], own=False)
+        if kind in self._connected:
+            return self._give(self._connected[kind][int(rest)], own=False)
         if kind == "disk":
             name, index, access = rest.split(":")
             disk = next(disk for disk in self._launch.disks if disk.name == name)

@@ -18,7 +18,7 @@ from posada.engine.base import Launch, Status
 from posada.engine.common import cgroups, process
 from posada.engine.common.identity import jail_uid
 from posada.engine.common.running import new_cid, read_running, write_running
-from posada.engine.kvm import config, net, stack
+from posada.engine.kvm import config, folders, net, stack
 from posada.engine.kvm.files import Descriptors, clear
 from posada.engine.kvm.spawn import Newborn, confined, inherit, limits
 from posada.errors import EngineError, EngineGone, Unsupported
@@ -53,9 +53,11 @@ async def start(launch: Launch) -> Running:
     async with contextlib.AsyncExitStack() as undo:
         network = await net.connect(launch)
         undo.push_async_callback(network.abandon)
+        shared = await folders.serve(launch)
+        undo.callback(shared.abandon)
         clear(launch.runtime)
         stack.forget(launch)
-        with Descriptors(launch, network.take()) as files:
+        with Descriptors(launch, network.take(), shared.take()) as files:
             document = config.boot(launch, files.inherited, cid=new_cid(), uid=jail_uid(launch.uuid))
             newborn = inherit(document, files)
         running = await settle(launch, newborn, network.ports)

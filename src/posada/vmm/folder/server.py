@@ -6,7 +6,7 @@ import os
 import socket
 import stat
 from collections.abc import Callable
-from errno import EBADF, EINVAL, EIO, EMFILE, ENOSYS, EPERM, EROFS
+from errno import EBADF, EINVAL, EIO, EMFILE, ENOMEM, ENOSYS, EPERM, EROFS
 from struct import Struct
 from struct import error as StructError
 
@@ -15,10 +15,13 @@ from posada.vmm.folder.abi import Op, attributes
 from posada.vmm.folder.tree import Tree, component
 
 MAX_HANDLES = 4000
+MAX_LISTED = 64 << 20
+"""Bytes of the names of all open directories: they are read once, when they are opened."""
 CACHE_SECONDS = 1
 """How long the guest may believe what it was told: the host's own programs change the folder too."""
 _MESSAGE = abi.MAX_WRITE + 4096
 _OPEN_FLAGS = os.O_ACCMODE | os.O_APPEND | os.O_TRUNC
+_OVERHEAD = 48  # of a bytes object in a list
 _SILENT = (Op.FORGET, Op.INTERRUPT, Op.BATCH_FORGET)
 
 
@@ -53,6 +56,7 @@ class Server:
         self._readonly = readonly
         self._handles: dict[int, tuple[int, list[bytes]]] = {}
         self._next_handle = 1
+        self._listed = 0
         self._owns = os.geteuid() == 0
         self._calls: dict[int, Callable[[Request], bytes]] = {
             Op.LOOKUP: lambda r: self._entry(r.node, r.name()), Op.GETATTR: self._getattr, Op.SETATTR: self._setattr,
@@ -90,6 +94,8 @@ class Server:
             body, error = b"", failure.errno or EIO
         except (StructError, ValueError, OverflowError):
             body, error = b"", EINVAL
+        except MemoryError:
+            body, error = b"", ENOMEM
         return abi.OUT_HEADER.pack(abi.OUT_HEADER.size + len(body), -error, request.unique) + body
 
     def close(self) -> None:
@@ -110,6 +116,7 @@ class Server:
         for fd, _ in self._handles.values():
             os.close(fd)
         self._handles.clear()
+        self._listed = 0
         return b""
 
     def _forget(self, request: Request) -> None:
@@ -296,7 +303,7 @@ class Server:
     def _release(self, request: Request) -> bytes:
         handle, *_ = request.take(abi.RELEASE_IN)
         os.close(self._handle(handle))
-        del self._handles[handle]
+        self._listed -= _size(self._handles.pop(handle)[1])
         return b""
 
     def _fsync(self, request: Request) -> bytes:
@@ -320,18 +327,26 @@ class Server:
     def _opendir(self, request: Request) -> bytes:
         fd = self._tree.open(request.node, os.O_RDONLY | os.O_DIRECTORY)
         try:
-            with os.scandir(fd) as entries:  # of a copy of the descriptor
-                names = [(e.name, e.inode(), _kind(e)) for e in entries]
+            listed = self._list(fd)
         except BaseException:
             os.close(fd)
             raise
         answer = self._opened(fd)
-        listed = self._handles[abi.OPEN_OUT.unpack(answer)[0]][1]
-        for at, (name, inode, kind) in enumerate([(".", 1, 4), ("..", 1, 4), *names]):
-            raw = os.fsencode(name)
-            entry = abi.DIRENT.pack(inode, at + 1, len(raw), kind) + raw
-            listed.append(entry + bytes(-len(entry) % 8))
+        self._handles[abi.OPEN_OUT.unpack(answer)[0]][1][:] = listed
+        self._listed += _size(listed)
         return answer
+
+    def _list(self, fd: int) -> list[bytes]:
+        """Every entry as the guest gets it."""
+        listed = [_dirent(b".", 1, 1, stat.S_IFDIR >> 12), _dirent(b"..", 1, 2, stat.S_IFDIR >> 12)]
+        left = MAX_LISTED - self._listed
+        with os.scandir(fd) as entries:  # of a copy of the descriptor
+            for entry in entries:
+                listed.append(_dirent(os.fsencode(entry.name), entry.inode(), len(listed) + 1, _kind(entry)))
+                left -= len(listed[-1]) + _OVERHEAD
+                if left < 0:
+                    raise OSError(ENOMEM, "directory")
+        return listed
 
     def _readdir(self, request: Request) -> bytes:
         handle, offset, size, *_ = request.take(abi.READ_IN)
@@ -343,6 +358,16 @@ class Server:
                 break
             out.append(entry)
         return b"".join(out)
+
+
+def _dirent(name: bytes, inode: int, following: int, kind: int) -> bytes:
+    """struct fuse_dirent. ``following``: where the next one is."""
+    entry = abi.DIRENT.pack(inode, following, len(name), kind) + name
+    return entry + bytes(-len(entry) % 8)
+
+
+def _size(listed: list[bytes]) -> int:
+    return sum(map(len, listed)) + len(listed) * _OVERHEAD
 
 
 def _kind(entry: os.DirEntry[str]) -> int:

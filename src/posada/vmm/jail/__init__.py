@@ -7,10 +7,13 @@ are started, and each vcpu's begins with `lock_vcpu`. A forked child inherits al
 from __future__ import annotations
 
 import os
+from typing import TYPE_CHECKING
 
 from posada.runtime import confine
-from posada.vmm.config import JailConfig
 from posada.vmm.jail import bpf, namespaces, policy
+
+if TYPE_CHECKING:  # what serves a folder has a jail too, and needs no machine's configuration
+    from posada.vmm.config import JailConfig
 
 #: Descriptors a monitor may have open: disks' layers, clients, connections of vsock.
 NOFILE = 4096

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+from collections.abc import Iterable
 
 _NEWNS, _NEWUTS, _NEWIPC, _NEWUSER, _NEWNET, _NEWCGROUP = (
     0x0002_0000, 0x0400_0000, 0x0800_0000, 0x1000_0000, 0x4000_0000, 0x0200_0000,
@@ -88,9 +89,10 @@ def _chroot(root: int) -> bool:
     return True
 
 
-def drop_capabilities() -> None:
-    """All of them, in whichever user namespace. Raises OSError."""
+def drop_capabilities(but: Iterable[int] = ()) -> None:
+    """All of them ``but`` a few (capabilities(7), below 32), in whichever user namespace. Raises OSError."""
+    kept = sum(1 << number for number in but)
     header = (ctypes.c_uint32 * 2)(_CAPABILITY_VERSION_3, 0)
-    nothing = (ctypes.c_uint32 * 6)()
+    some = (ctypes.c_uint32 * 6)(kept, kept)  # effective, permitted, inheritable; then the same of those from 32 on
     # SAFETY: struct __user_cap_header_struct and two __user_cap_data_struct, of capset(2); both outlive the call.
-    _check(_libc.syscall(_SYS_CAPSET, ctypes.byref(header), ctypes.byref(nothing)), "capset")
+    _check(_libc.syscall(_SYS_CAPSET, ctypes.byref(header), ctypes.byref(some)), "capset")

@@ -32,7 +32,7 @@ _RUNTIME = {
     "getppid": 110, "sysinfo": 99, "getcpu": 309,
 }  # fmt: skip
 # The loop, clients, new descriptors of kinds that reach nothing.
-_LOOP = {
+LOOP = {
     "epoll_wait": 232, "epoll_ctl": 233, "epoll_pwait": 281, "eventfd2": 290, "epoll_create1": 291,
     "accept4": 288, "accept": 43, "sendto": 44, "recvfrom": 45, "sendmsg": 46, "recvmsg": 47, "shutdown": 48,
     "getsockname": 51, "getpeername": 52, "setsockopt": 54, "getsockopt": 55, "timerfd_create": 283,
@@ -69,7 +69,8 @@ _DEADLY = {
 }  # fmt: skip
 
 
-def _common() -> list[Rule]:
+def common() -> list[Rule]:
+    """What every process beside a guest may do, and what none may."""
     hot = [
         Rule(_IOCTL, tests=(Argument(1, _KVMIO << 8, 0xFF00),)),
         Rule(_IOCTL, tests=(Argument(1, _FIONBIO),)),
@@ -102,13 +103,13 @@ def main_thread() -> bytes:
         # Its flags lie in memory, where no filter sees them. Told that there is none, the C library takes clone(2).
         Rule(_CLONE3, bpf.errno(errno.ENOSYS)),
     ]
-    return bpf.assemble([*_common(), *(Rule(number) for number in _LOOP.values()), *fork], bpf.errno(errno.EPERM))
+    return bpf.assemble([*common(), *(Rule(number) for number in LOOP.values()), *fork], bpf.errno(errno.EPERM))
 
 
 def vcpu_thread() -> bytes:
     """A vcpu's thread runs the guest and devices' registers: no new processes, threads or connections."""
-    allowed = [Rule(number, ALLOW) for name, number in _LOOP.items() if name in _VCPU_LOOP]
-    return bpf.assemble([*_common(), *allowed], bpf.errno(errno.EPERM))
+    allowed = [Rule(number, ALLOW) for name, number in LOOP.items() if name in _VCPU_LOOP]
+    return bpf.assemble([*common(), *allowed], bpf.errno(errno.EPERM))
 
 
 #: What a device may do when the guest writes one of its registers: send, wake the loop, change what it waits for.
