@@ -1,12 +1,13 @@
 """Labs for tests. Outside: `lab`, a machine with a real ``/dev/kvm``. Inside (``inside/``): what runs in it.
 
-One lab is brought up for the session, with the checkout in it, and each test gets a fork of that one.
+One lab is brought up by the first test that wants one, with the checkout in it, and each test gets a fork of that one.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import traceback
 from collections.abc import Iterator
 
 import lab_kit
@@ -15,33 +16,58 @@ import pytest
 INSIDE = "POSADA_LAB" in os.environ
 collect_ignore_glob = ["test_*.py"] if INSIDE else ["inside/*"]
 
-_stack = contextlib.ExitStack()
-_lab: lab_kit.Lab | lab_kit.NoLab | None = None
+
+class Broken(Exception):
+    """The lab could not be made. ``told``: a test has failed of it; the others only refer to that one."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self.told = False
 
 
-def pytest_collection_finish(session: pytest.Session) -> None:
-    """Bring the lab up before the first test, outside of any test's time limit; a minute or two, once."""
-    global _lab
-    if session.config.option.collectonly or not any("lab" in getattr(i, "fixturenames", ()) for i in session.items):
-        return
-    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
-    try:
-        _lab = _stack.enter_context(lab_kit.labs(reporter.write_line if reporter is not None else print))
-    except lab_kit.NoLab as error:
-        _lab = error
+Source = lab_kit.Lab | lab_kit.NoLab | Broken
 
 
-def pytest_sessionfinish() -> None:
-    _stack.close()
+@pytest.fixture(scope="session")
+def source(request: pytest.FixtureRequest) -> Iterator[Source]:
+    """What all labs are forks of, or why there is none. From nothing it takes minutes: lab tests have their own time limit.
+
+    It never raises: pytest would repeat the same error for each test that wants a lab.
+    """
+
+    def say(text: str) -> None:
+        reporter = request.config.pluginmanager.get_plugin("terminalreporter")
+        capture = request.config.pluginmanager.get_plugin("capturemanager")
+        with capture.global_and_fixture_disabled() if capture is not None else contextlib.nullcontext():
+            if reporter is not None:
+                reporter.ensure_newline()
+                reporter.write_line(text)
+
+    with contextlib.ExitStack() as stack:
+        found: Source
+        try:
+            found = stack.enter_context(lab_kit.labs(say))
+        except lab_kit.NoLab as error:
+            found = error
+        except Exception as error:
+            found = Broken("the lab could not be made:\n" + "".join(traceback.format_exception(error)))
+        yield found
 
 
 @pytest.fixture
-def lab() -> Iterator[lab_kit.Lab]:
-    """A lab of the test's own. Skips, with the reason, on a computer that cannot have one."""
-    if isinstance(_lab, lab_kit.NoLab):
-        pytest.skip(str(_lab))
-    assert _lab is not None
-    with _lab.fork() as mine:
+def lab(source: Source) -> Iterator[lab_kit.Lab]:
+    """A lab of the test's own. Skips, with the reason, on a computer that cannot have one.
+
+    On one that can, and where it could not be made, one test fails with the reason, and the others are skipped.
+    """
+    if isinstance(source, lab_kit.NoLab):
+        pytest.skip(str(source))
+    if isinstance(source, Broken):
+        if source.told:
+            pytest.skip("there is no lab: an earlier test has failed with the reason")
+        source.told = True
+        pytest.fail(str(source), pytrace=False)
+    with source.fork() as mine:
         yield mine
 
 

@@ -11,9 +11,9 @@ is a fork of that snapshot, up in a second, with the checkout copied in as it is
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import os
+import platform
 import shlex
 import tempfile
 import time
@@ -26,6 +26,7 @@ from lab_report import Report, read_junit
 
 import posada
 from posada.guest.binary import agent_binary
+from posada.storage.tools import find_tool
 
 #: Python for posada, passt for networks, QEMU to compare with and to check disk images, and the kernel's headers to
 #: compare numbers with.
@@ -180,18 +181,20 @@ def house() -> Iterator[posada.Host]:
     """The host that labs run on. Raises NoLab."""
     home, runtime = places()
     with posada.connect(home=home, runtime=runtime) as host:
-        can = host.capabilities("qemu")
         try:
-            can.require(posada.Feature.NESTED)
-        except posada.Unsupported as error:
-            raise NoLab(f"no lab on this computer: {error.message}") from None
+            if platform.machine() != "x86_64":
+                raise posada.HostError(f"the kvm engine is for x86-64, and this is {platform.machine()}")
+            host.capabilities("qemu").require(posada.Feature.NESTED)
+            for tool, package in parts.TOOLS.items():
+                find_tool(tool, package)
+        except (posada.Unsupported, posada.HostError) as error:
+            raise NoLab(f"no lab on this computer: {error}") from None
         yield host
 
 
 def prepare(host: posada.Host, say: Say) -> posada.VM:
     """The parked machine whose snapshot `READY` all labs are forks of; made if it is not there."""
-    with open(host.home / "preparing.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with parts.alone(say):
         host.recover()
         base = _base_image(host, say)
         python = parts.python_packages()
@@ -204,10 +207,14 @@ def prepare(host: posada.Host, say: Say) -> posada.VM:
         name = f"kvm-{key}"
         for vm in host.vms.list():
             if vm.name == name and any(s.name == READY for s in vm.snapshots):
+                if vm.state is not posada.State.STOPPED:
+                    vm.kill()  # whoever saved it was killed before it came to that
                 return vm
             if vm.name.startswith("kvm-") and not vm.spec.ephemeral:
                 vm.delete()  # of an older checkout, or half made
-        return _park(host, name, base, python, data, say)
+        parked = _park(host, name, base, python, data, say)
+        parts.sweep(python, data.parent, parts.kernels(SUITES))
+        return parked
 
 
 def _base_image(host: posada.Host, say: Say) -> str:
@@ -223,11 +230,15 @@ def _park(host: posada.Host, name: str, image: str, python: Path, data: Path, sa
     began = time.monotonic()
     disks = [{}, {"name": "data", "source": str(data), "readonly": True}]
     boot = {"append": APPEND}
-    vm = host.vms.create(image, name=name, engine="qemu", nested=True, cpus=CPUS, memory=MEMORY, boot=boot, disks=disks)
+    vm = host.vms.create(
+        image, name=name, engine="qemu", nested=True, cpus=CPUS, memory=MEMORY, boot=boot, disks=disks,
+        ephemeral=True,  # until it is worth keeping: it ends with us, however we end
+    )  # fmt: skip
     try:
         vm.start(timeout=120)
         vm.files.upload(python, PYTHON)
         vm.shell(SETUP, check=True, timeout=300)
+        vm.keep()
         vm.snapshot(READY)
         vm.kill()
     except BaseException:

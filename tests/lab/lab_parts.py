@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import io
 import os
@@ -13,7 +14,7 @@ import sys
 import tarfile
 import tempfile
 import tomllib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import posada
@@ -21,8 +22,10 @@ from posada.images import initrd, modules, sources
 from posada.storage.tools import find_tool
 
 ROOT = Path(__file__).resolve().parents[2]
-CACHE = ROOT / ".cache/lab"
+CACHE = Path(os.environ.get("POSADA_LAB_CACHE", ROOT / ".cache/lab"))
 
+#: What making a lab takes of this computer, and the Debian packages it comes in.
+TOOLS = {"mmdebstrap": "mmdebstrap", "apt-get": "apt", "dpkg-deb": "dpkg", "mke2fs": "e2fsprogs"}
 #: The Python of the lab's Debian, whatever runs this.
 PYTHON = "3.11"
 #: Debian 12 has glibc 2.36: wheels for an older one will do.
@@ -36,6 +39,29 @@ TREE = ("src", "tests", "bench", "scripts", "pyproject.toml")
 def digest(*parts: object) -> str:
     """A short name for what is made of ``parts``."""
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:12]
+
+
+@contextlib.contextmanager
+def alone(say: Callable[[str], None]) -> Iterator[None]:
+    """Nobody else makes or removes anything in the cache meanwhile. What somebody who was killed left half made goes first."""
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with open(CACHE / "preparing.lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            say("somebody else prepares a lab: waiting for that …")
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        for partial in CACHE.glob(".*"):
+            shutil.rmtree(partial)
+        yield
+
+
+def sweep(*used: Path) -> None:
+    """Remove what was made for earlier labs. ``used``: what this one's is."""
+    for kind in ("python", "kernels", "data"):
+        for path in CACHE.glob(f"{kind}-*"):
+            if path not in used:
+                shutil.rmtree(path)
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ this process run in the portal's loop (`posada_cli`), where the machine of one c
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import shutil
 import sys
@@ -49,6 +50,17 @@ def add_image(paths: Paths, name: str = IMAGE, digest: str = DIGEST, *, agent: b
     database.close()
 
 
+@contextlib.contextmanager
+def own_portal() -> Iterator[None]:
+    """A portal that comes and goes with the test. The session's own may be in use: a lab's machines need it to the end."""
+    before, _portal._portal = _portal._portal, None
+    try:
+        yield
+        _portal.close_portal()
+    finally:
+        _portal._portal = before
+
+
 @pytest.fixture
 def paths(monkeypatch: pytest.MonkeyPatch) -> Iterator[Paths]:
     """The state directory of the test, with one image. Its path is short, for the sockets below it."""
@@ -58,8 +70,8 @@ def paths(monkeypatch: pytest.MonkeyPatch) -> Iterator[Paths]:
     paths = Paths.default()
     paths.make()
     add_image(paths)
-    yield paths
-    _portal.close_portal()
+    with own_portal():
+        yield paths
     shutil.rmtree(scratch)
 
 

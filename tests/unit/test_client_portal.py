@@ -14,7 +14,7 @@ from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
-from client_home import paths
+from client_home import own_portal, paths
 
 from posada.client._pending import pending
 from posada.client._portal import Portal, close_portal, portal
@@ -28,9 +28,9 @@ HERE = Path(__file__).parent
 
 
 @pytest.fixture(autouse=True)
-def _close() -> Iterator[None]:
-    yield
-    close_portal()
+def _own() -> Iterator[None]:
+    with own_portal():
+        yield
 
 
 async def give(value: int) -> int:

@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -182,6 +183,29 @@ async def test_a_process_is_its_pid_and_start_time(sleeper: subprocess.Popen[byt
     await waiting
     assert not process.alive(found)  # a zombie until the fixture takes it
     assert process.has_ended(found)
+
+
+LEADER = """
+import os, sys
+if os.fork() == 0:
+    os.write(1, b"%d" % os.getpid())
+    os.close(1)
+    os.read(0, 1)
+"""
+
+
+def test_one_that_is_gone_may_have_left_its_number_to_its_session() -> None:
+    """A machine that was forked has children in its session: kernels before 6.16 say EINVAL of it then, not ESRCH."""
+    argv = [sys.executable, "-c", LEADER]
+    with subprocess.Popen(argv, start_new_session=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as leader:
+        found = process.find(leader.pid)
+        assert leader.stdout is not None
+        child = int(leader.stdout.read())
+        leader.wait()
+        assert os.getsid(child) == found.pid
+        assert not process.send(found, signal.SIGKILL)
+        assert process.has_ended(found)
+        asyncio.run(process.ended(found, 1))
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b'{"reason": 1}', b"[" * 100_000])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import select
 import signal
@@ -51,8 +52,11 @@ def open_pidfd(process: Process) -> int | None:
     """A pidfd of that very process, which the caller closes; None when it is gone."""
     try:
         fd = os.pidfd_open(process.pid)
-    except ProcessLookupError:
-        return None
+    except OSError as error:
+        # EINVAL: it is gone, and its number still names its session (kernels before 6.16), as that of a machine that forked.
+        if error.errno in (errno.ESRCH, errno.EINVAL):
+            return None
+        raise
     if alive(process):  # asked after opening: so the pidfd is that process's
         return fd
     os.close(fd)
