@@ -24,6 +24,17 @@ from posada.vmm.virtio.vsock.device import EVENT, RX, TX
 from posada.vmm.virtio.vsock.packet import HEADER, HOST_CID, STREAM, Op, Packet
 
 
+def drain(sock: socket.socket) -> bytes:
+    """All that waits in a socket that does not block."""
+    found = b""
+    try:
+        while piece := sock.recv(1 << 20):
+            found += piece
+    except OSError:
+        pass
+    return found
+
+
 class RngWorld(World):
     def make(self) -> Device:
         return Rng()
@@ -67,9 +78,9 @@ class ConsoleWorld(World):
     def honest(self, driver: FakeDriver) -> None:
         if self.host.fileno() < 0:
             return
-        self._drain()
+        drain(self.host)
         driver.send([b"ping"], queue=TRANSMIT)
-        assert self._drain() == b"ping"
+        assert drain(self.host) == b"ping"
         driver.put(writable=[1 << 16], queue=RECEIVE)
         try:
             self.host.send(b"pong")
@@ -90,21 +101,12 @@ class ConsoleWorld(World):
         if what == 0:
             self.host.close()
         elif what < 100:
-            self._drain()
+            drain(self.host)
         else:
             try:
                 self.host.send(program.bytes(8) * 100 * (what & 3))
             except OSError:
                 pass
-
-    def _drain(self) -> bytes:
-        found = b""
-        try:
-            while piece := self.host.recv(1 << 20):
-                found += piece
-        except OSError:
-            pass
-        return found
 
     def close(self) -> None:
         super().close()
@@ -269,10 +271,10 @@ class NetWorld(World):
         if self.peer.fileno() < 0:
             return
         for _ in range(100):  # what is left from before
-            self._drain()
+            drain(self.peer)
             driver.spin()
         driver.send([bytes(12), self.frame], queue=1)
-        assert self._drain().endswith(self.frame)
+        assert drain(self.peer).endswith(self.frame)
         for _ in range(200):
             driver.put(writable=[2000], queue=0)
             driver.kick(0)
@@ -296,7 +298,7 @@ class NetWorld(World):
         if what == 0:
             self.peer.close()
         elif what < 100:
-            self._drain()
+            drain(self.peer)
         else:
             for _ in range(what & 7):
                 self._send((self.frame * 30)[: program.pick([14, 15, 60, 1400, 1600])])
@@ -306,15 +308,6 @@ class NetWorld(World):
             self.peer.send((struct.pack(">I", len(frame)) if self.kind == socket.SOCK_STREAM else b"") + frame)
         except OSError:
             pass
-
-    def _drain(self) -> bytes:
-        found = b""
-        try:
-            while piece := self.peer.recv(1 << 20):
-                found += piece
-        except OSError:
-            pass
-        return found
 
     def close(self) -> None:
         super().close()

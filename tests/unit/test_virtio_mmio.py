@@ -15,24 +15,6 @@ from posada.vmm.virtio.testing import FakeDriver
 from posada.vmm.virtio.transport import EVENT_IDX, GENERAL_FEATURES, INDIRECT_DESC, VERSION_1, Status
 
 
-@pytest.fixture
-def probe() -> Probe:
-    return Probe()
-
-
-@pytest.fixture
-def driver(probe: Probe) -> FakeDriver:
-    driver = FakeDriver(probe)
-    probe.calls.clear()
-    return driver
-
-
-@pytest.fixture
-def fresh(probe: Probe) -> FakeDriver:
-    """A driver that has done nothing yet."""
-    return FakeDriver(probe, start=False)
-
-
 def test_who_it_is(fresh: FakeDriver) -> None:
     assert fresh.read(Register.MAGIC) == MAGIC == int.from_bytes(b"virt", "little")
     assert fresh.read(Register.VERSION) == 2

@@ -16,24 +16,6 @@ from posada.vmm.virtio.testing import FakeDriver
 from posada.vmm.virtio.transport import GENERAL_FEATURES, VERSION_1, Status
 
 
-@pytest.fixture
-def probe() -> Probe:
-    return Probe()
-
-
-@pytest.fixture
-def driver(probe: Probe) -> FakeDriver:
-    driver = FakeDriver(probe)
-    probe.calls.clear()
-    return driver
-
-
-@pytest.fixture
-def fresh(probe: Probe) -> FakeDriver:
-    """A driver that has done nothing yet."""
-    return FakeDriver(probe, start=False)
-
-
 class TestPage:
     """What the guest reads without an exit is what `read` gives, whoever changes it."""
 
