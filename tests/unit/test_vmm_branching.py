@@ -14,11 +14,14 @@ from machine_kit import MIB, Machine, config, counter, spin, tidy, toy
 
 from posada.errors import Busy, EngineError
 from posada.proto.monitor import Op
+from posada.storage import qcow2
 from posada.vmm.branching import Branching
+from posada.vmm.config import DiskConfig
 from posada.vmm.control import Given
 from posada.vmm.incoming import Incoming
 from posada.vmm.pagemap import PageMap
 from posada.vmm.snapshot import Document
+from posada.vmm.virtio.blk import Blk
 
 pytestmark = needs_kvm
 
@@ -68,6 +71,28 @@ def test_a_point_is_made_come_back_to_and_dropped() -> None:
     other.close()
     assert ask(machine, branching, Op.RESET, drop=True) == {}
     assert isinstance(ask(machine, branching, Op.RESET), EngineError)
+    machine.close()
+
+
+def test_a_point_with_a_disk(tmp_path: Path) -> None:
+    (tmp_path / "disk").write_bytes(b"at the point".ljust(MIB))
+    disk = DiskConfig("root", MIB, ((os.open(tmp_path / "disk", os.O_RDWR), "raw"),))
+    machine, _ = toy(disks=(disk,))
+    machine.start()
+    branching = Branching(machine)
+    qcow2.create_overlay(tmp_path / "top", size=MIB, backing=tmp_path / "disk", backing_format="raw")
+    given = [PageMap.open().fd, os.open(tmp_path / "top", os.O_RDWR)]
+    assert ask(machine, branching, Op.RESET, given, pagemap=0, layers=[{"disk": "root", "top": 1}]) == {}
+    with pytest.raises(OSError):
+        os.fstat(given[1])  # the machine has its own
+    blk = machine.slots["disk:root"].transport.device
+    assert isinstance(blk, Blk)
+    blk.disk.write(0, [memoryview(b"later".ljust(512))])
+    blk._counters["writes"] += 1
+    assert "pages" in ask(machine, branching, Op.RESET)
+    found = bytearray(12)
+    blk.disk.read(0, [memoryview(found)])
+    assert found == b"at the point"
     machine.close()
 
 

@@ -132,7 +132,9 @@ ARGUMENTS: dict[Op, dict[str, Check]] = {
     Op.SWITCH: {"layers": _LAYERS},
     Op.CHILD: {"config": _map},
     Op.FORK: {"layers": _LAYERS},
-    Op.RESET: {"pagemap?": _descriptor, "drop?": _boolean},
+    Op.RESET: {
+        "pagemap?": _descriptor, "drop?": _boolean, "layers?": _maps({"disk": _NAME, "top": _descriptor}, MAX_DISKS),
+    },
     Op.ATTACH: {"disk": _map},
     Op.DETACH: {"name": _NAME, "timeout": _seconds},
     Op.RESIZE_DISK: {"name": _NAME, "size": _whole(512, 1 << 62)},

@@ -98,7 +98,7 @@ class Branching:
             Op.MIGRATE: self._migrate,
         }
         alone = {op: self._alone(handler) for op, handler in work.items()}
-        return {op: each if op is Op.SWITCH else whole(self._machine, each) for op, each in alone.items()}
+        return {op: each if op is Op.SWITCH else whole(self._machine, op, each) for op, each in alone.items()}
 
     def _alone(self, handler: Callable[[Call], None]) -> Handler:
         """One at a time: a child must not inherit another request, nor its descriptors."""
@@ -163,8 +163,10 @@ class Branching:
         self._later(call, switch, begin)
 
     def _reset(self, call: Call) -> None:
-        """With a page map: make the point to come back to. Without: come back to it. ``drop``: forget it."""
+        """With a page map: make the point to come back to, its disks on ``layers``. Without: come back to it. ``drop``:
+        forget it."""
         pagemap = PageMap(call.given.take(call.args["pagemap"])) if "pagemap" in call.args else None
+        layers = [NewLayer(item["disk"], call.given.take(item["top"]), []) for item in call.args.get("layers", ())]
 
         def work() -> Result:
             if self._point is not None and (pagemap is not None or call.args.get("drop")):
@@ -172,7 +174,7 @@ class Branching:
                 self._point = None
             if pagemap is not None:
                 try:
-                    self._point = Point(self._machine, pagemap)
+                    self._point = Point(self._machine, pagemap, {layer.disk: layer.top for layer in layers})
                 finally:
                     pagemap.close()
             elif not call.args.get("drop"):
@@ -181,7 +183,7 @@ class Branching:
                 return {"pages": self._point.reset()}
             return {}
 
-        self._later(call, Switch(self._machine, []), work)
+        self._later(call, Switch(self._machine, layers), work)
 
     def _migrate(self, call: Call) -> None:
         """To whoever is at the other end of the stream, which must be a monitor that waits for a machine."""

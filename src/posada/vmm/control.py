@@ -72,7 +72,6 @@ class Call:
 
     def __init__(self, client: _Client, request: Request, given: Given) -> None:
         self._client, self._request = client, request
-        self.op = request.op
         self.args = request.args
         self.given = given
 

@@ -8,6 +8,7 @@ server that never heard of it. So such a machine is not copied, saved with its m
 from __future__ import annotations
 
 from posada.errors import Unsupported
+from posada.proto.monitor import Op
 from posada.vmm.control import Call, Handler, Result
 from posada.vmm.machine import Machine
 from posada.vmm.virtio.fs import Fs
@@ -20,11 +21,11 @@ def require_free(machine: Machine, what: str) -> None:
         raise Unsupported("kvm", f"{what} of a machine that shares folders of the host", hint=hint)
 
 
-def whole(machine: Machine, handler: Handler) -> Handler:
-    """``handler`` for machines that nothing ties."""
+def whole(machine: Machine, op: Op, handler: Handler) -> Handler:
+    """``op``'s handler, for machines that nothing ties."""
 
     def handle(call: Call) -> Result | None:
-        require_free(machine, call.op.value)
+        require_free(machine, op.value)
         return handler(call)
 
     return handle
