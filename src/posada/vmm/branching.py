@@ -83,9 +83,10 @@ class Switch:
 class Branching:
     """The handlers of one machine, and of the children it becomes."""
 
-    def __init__(self, machine: Machine) -> None:
+    def __init__(self, machine: Machine, live: Callable[[], NoReturn] | None = None) -> None:
+        """``live`` is `Forker`'s."""
         self._machine = machine
-        self._forker = Forker(machine)
+        self._forker = Forker(machine, live)
         self._point: Point | None = None
         self._busy = False
 
@@ -98,7 +99,7 @@ class Branching:
             Op.MIGRATE: self._migrate,
         }
         alone = {op: self._alone(handler) for op, handler in work.items()}
-        return {op: each if op is Op.SWITCH else whole(self._machine, op, each) for op, each in alone.items()}
+        return {op: whole(self._machine, op, each) for op, each in alone.items()}
 
     def _alone(self, handler: Callable[[Call], None]) -> Handler:
         """One at a time: a child must not inherit another request, nor its descriptors."""

@@ -8,7 +8,7 @@ from typing import Any
 from posada.errors import EngineError, StateError
 from posada.proto import cbor, migration
 from posada.proto.migration import Kind, MigrationError
-from posada.vmm import memfile, state
+from posada.vmm import handover, memfile, state
 from posada.vmm.builder import prepare, wire
 from posada.vmm.config import MonitorConfig
 from posada.vmm.link import Link
@@ -94,6 +94,7 @@ class Incoming:
     def _load(self, config: MonitorConfig, memory: GuestMemory, data: bytes) -> Machine:
         document = _document(data)
         machine = prepare(config, memory)
+        handover.check(machine, document)
         check_processors(machine, document)
         wire(machine)
         machine.load(document)

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import enum
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -121,6 +122,9 @@ class Machine:
         self.clock: ClockData | None = None
         """kvm-clock as it was when the vcpus were stopped, from the first pause on."""
 
+        self.given_up: Callable[[], object] | None = None
+        """Its disks may be another monitor's by now (`posada.vmm.handover`). This takes them back, or raises."""
+
     # Its life.
 
     def start(self, paused: bool = False) -> None:
@@ -141,7 +145,9 @@ class Machine:
             self.life.paused(True)
 
     def resume(self) -> None:
-        """Idempotent."""
+        """Idempotent. Raises EngineError, Busy if its disks are another's: then it stays paused."""
+        if self.state is State.PAUSED and self.given_up is not None:
+            self.given_up()
         was = self.state
         self._go(Verb.RESUME)
         if was is State.PAUSED:

@@ -5,7 +5,8 @@ Nothing here waits until the vcpus stand still: the loop sends when the socket t
 a time limit. Until GO is sent any failure, on any side, leaves the machine running here. After it nobody but the
 destination may run the machine: if its answer is lost, the machine stays paused here and a person must look.
 
-Disks are not moved: they are on storage that both hosts see. Host connections (vsock, console) end here.
+Disks are not moved: they are on storage that both monitors see, and handed over while the machine stands still
+(`posada.vmm.handover`). Host connections (vsock, console) end here.
 """
 
 from __future__ import annotations
@@ -16,16 +17,16 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from posada.errors import Cancelled, EngineError, Unsupported
+from posada.errors import Cancelled, EngineError, PosadaError
 from posada.proto import cbor, migration
 from posada.proto.migration import Kind
-from posada.vmm import memfile
+from posada.vmm import handover, memfile
 from posada.vmm.dirty import DirtyPages, as_runs
+from posada.vmm.handover import Handover
 from posada.vmm.link import Link
 from posada.vmm.machine import Machine, State
 from posada.vmm.memory import PAGE
 from posada.vmm.pagemap import PageMap, Run, total
-from posada.vmm.virtio.blk import Blk
 
 MAX_ROUNDS = 30
 TURN = 4 << 20
@@ -57,13 +58,13 @@ class Outgoing:
     ) -> None:
         """Takes over ``fd``, a connected stream. ``pause``: seconds that sending the rest may take.
 
-        With ``pages`` only what was touched is sent, else all that is not zero. Raises Unsupported, InvalidState, KvmError.
+        With ``pages`` only what was touched is sent, else all that is not zero. Raises Unsupported, Busy, OSError, KvmError.
         """
         self._machine, self._pause, self._done = machine, pause, done
         self._socket = _socket.socket(fileno=fd)
         self._link = Link(self._socket)
         try:
-            _check(machine)
+            self._disks = Handover(machine)
             with machine.loop.lock, machine.vcpus.quiesced():
                 self._dirty = DirtyPages(machine)
                 self._first = self._touched(pages)
@@ -141,6 +142,18 @@ class Outgoing:
         self._end()
         self._done(error)
 
+    def _stay(self, error: Exception, running: bool) -> None:
+        """The machine goes on here, as soon as the destination has let go of its disks."""
+        self._end()
+        try:
+            self._disks.take_back(handover.PATIENCE)
+            if running:
+                self._machine.resume()
+        except (PosadaError, OSError) as stuck:
+            hint = "see that the destination is gone, then resume the machine"
+            error = EngineError(f"{error}; and it stays paused here: {stuck}", hint=hint)
+        self._done(error)
+
     def _end(self) -> None:
         self._machine.loop.unwatch(self._socket.fileno())
         self._dirty.close()
@@ -155,11 +168,10 @@ class Outgoing:
         gone = False
         try:
             self._socket.settimeout(PATIENCE)
+            self._disks.prepare()
             machine.pause()
             document = machine.save()
-            for device in (slot.transport.device for slot in machine.slots.values()):
-                if isinstance(device, Blk):
-                    device.disk.flush()
+            document["disks"] = self._disks.release()
             for frame in self._pages(as_runs(sorted({*self._rest, *self._dirty.collect()}))):
                 link.send(frame)
             link.send(link.frame(Kind.STATE, cbor.encode(document)))
@@ -177,24 +189,10 @@ class Outgoing:
                     )
                 )
                 return
-            self._fail(error)
-            if running:
-                machine.resume()
+            self._stay(error, running)
             return
         self._end()
         self._done(Moved(time.monotonic() - begun, self._sent, self._rounds))
-
-
-def _check(machine: Machine) -> None:
-    for slot in machine.slots.values():
-        device = slot.transport.device
-        if isinstance(device, Blk) and not device.disk.readonly:
-            # A qcow2 file has one opener, and raw ones are not known to be on storage that both hosts see.
-            raise Unsupported(
-                "kvm",
-                f"live migration of a machine with a writable disk ({slot.transport.device.name})",
-                hint="stop it, move its disks, and start it there",
-            )
 
 
 def _after(buffers: list[memoryview], sent: int) -> list[memoryview]:

@@ -7,7 +7,7 @@ server that never heard of it. So such a machine is not copied, saved with its m
 
 from __future__ import annotations
 
-from posada.errors import Unsupported
+from posada.errors import EngineError, Unsupported
 from posada.proto.monitor import Op
 from posada.vmm.control import Call, Handler, Result
 from posada.vmm.machine import Machine
@@ -21,11 +21,21 @@ def require_free(machine: Machine, what: str) -> None:
         raise Unsupported("kvm", f"{what} of a machine that shares folders of the host", hint=hint)
 
 
+def require_disks(machine: Machine) -> None:
+    """Raises EngineError if they were handed over to another monitor, and did not come back."""
+    if machine.given_up is not None:
+        raise EngineError(
+            "the machine's disks are another monitor's since it was migrated", hint="resume it first, or end it"
+        )
+
+
 def whole(machine: Machine, op: Op, handler: Handler) -> Handler:
-    """``op``'s handler, for machines that nothing ties."""
+    """``op``'s handler, for machines that nothing ties. A disk alone may go on to another layer with folders too."""
 
     def handle(call: Call) -> Result | None:
-        require_free(machine, op.value)
+        require_disks(machine)
+        if op is not Op.SWITCH:
+            require_free(machine, op.value)
         return handler(call)
 
     return handle

@@ -9,6 +9,7 @@ from contextlib import suppress
 
 from posada.errors import ImageError
 from posada.runtime.files import identity
+from posada.vmm.block import locks
 from posada.vmm.block.disk import Disk
 from posada.vmm.block.qcow2.disk import Qcow2Disk
 from posada.vmm.block.raw import RawDisk
@@ -23,13 +24,15 @@ def open_chain(chain: Sequence[tuple[int, str]], size: int | None = None, readon
     """The disk of these (descriptor, format) layers, the lowest first; formats are ``raw`` and ``qcow2``.
 
     ``size`` is what the top must have, in bytes. The descriptors are closed with the disk, and if this raises.
-    Raises ImageError, naming the layer; OSError.
+    Raises ImageError, naming the layer; Busy: somebody else writes to the top; OSError.
     """
     disk: Disk | None = None
     opened = 0
     try:
         if not 0 < len(chain) <= MAX_LAYERS:
             raise ImageError(f"a disk has 1 to {MAX_LAYERS} layers, not {len(chain)}")
+        if not readonly:
+            locks.lock(chain[-1][0])  # before anything is read that another may change
         for number, (fd, format) in enumerate(chain):
             top = number == len(chain) - 1
             try:
@@ -78,6 +81,18 @@ def reopen(disk: Disk, fds: Sequence[int]) -> None:
             os.close(fd)
 
 
+def thaw(disk: Disk) -> Disk:
+    """The same disk, writable again, and read anew from its file. Raises ImageError, OSError.
+
+    For one that was frozen and got nothing above it; ``disk`` is of no use any more.
+    """
+    top = layers_of(disk)[-1]
+    fd = top.file.fd
+    fresh = RawDisk(fd, top.size) if isinstance(top, RawDisk) else Qcow2Disk(fd, top.backing)
+    fresh.file.follow(top.file)
+    return fresh
+
+
 def _layer(fd: int, format: str, below: Disk | None, size: int | None, readonly: bool) -> Disk:
     if format == "raw":
         if below is not None:
@@ -92,10 +107,11 @@ def _layer(fd: int, format: str, below: Disk | None, size: int | None, readonly:
 
 
 def overlay(disk: Disk, fd: int) -> Disk:
-    """Freeze ``disk`` and go on with the empty qcow2 image on ``fd`` above it. Raises ImageError, OSError.
+    """Freeze ``disk`` and go on with the empty qcow2 image on ``fd`` above it. Raises ImageError, Busy, OSError.
 
     If it raises, ``disk`` may be frozen; ``fd`` stays the caller's.
     """
+    locks.lock(fd)
     disk.freeze()
     top = Qcow2Disk(fd, disk)
     if top.size != disk.size:

@@ -155,6 +155,10 @@ class File:
         os.close(self.fd)
         self.fd = fd
 
+    def follow(self, other: File) -> None:
+        """Take the place of ``other``, which has the same descriptor: what it had not synced, or had lost, is ours."""
+        self._unsynced, self._lost = other._unsynced, other._lost
+
     def close(self) -> None:
         if self.fd >= 0:
             os.close(self.fd)

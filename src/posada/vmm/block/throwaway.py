@@ -61,5 +61,5 @@ class Throwaway:
         file.write(self._at, self._tables)
         file.truncate(self._length)
         self._top = Qcow2Disk(self._fd, self._below)
-        self._top.file.truncate(self._length)  # tells it that there is something to sync
+        self._top.file.follow(file)
         return self._top
