@@ -1,7 +1,8 @@
 """A kernel of a hundred bytes for the kvm engine's tests: it says ``toy``, and does what is typed on the serial port.
 
 ``+`` adds one to a counter in memory, ``?`` prints it (a digit), ``q`` powers off, ``r`` resets, ``!`` triple-faults,
-anything else is echoed. It runs wherever /dev/kvm can be opened, also where the host emulates it.
+``^`` runs on where there is no memory, anything else is echoed. It works wherever /dev/kvm can be opened, also where the
+host emulates it.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from posada.model.records import Process
 
 LOAD = 0x10_0000
 COUNTER = 0x20_0000
+NOWHERE = 0xC800_0000
+"""No memory and no device is there."""
 
 
 def kvm_opens() -> bool:
@@ -81,7 +84,14 @@ def program() -> bytes:
         code.put(_dx(0x3F8), _al(letter), OUT)
     code.label("loop").put(_dx(0x3FD), IN, b"\xa8\x01").jump(JZ, "loop")  # test al, 1
     code.put(_dx(0x3F8), IN)
-    for letter, label in ((b"+", "add"), (b"?", "tell"), (b"q", "off"), (b"r", "reset"), (b"!", "fault")):
+    for letter, label in (
+        (b"+", "add"),
+        (b"?", "tell"),
+        (b"q", "off"),
+        (b"r", "reset"),
+        (b"!", "fault"),
+        (b"^", "lost"),
+    ):
         code.put(b"\x3c" + letter).jump(JZ, label)  # cmp al, letter
     code.put(OUT).jump(JMP, "loop")
     code.label("add").put(b"\xff\x05", struct.pack("<I", COUNTER)).jump(JMP, "loop")  # inc dword [COUNTER]
@@ -89,6 +99,7 @@ def program() -> bytes:
     code.label("off").put(_dx(0x601), _al(0x34), OUT, b"\xf4")
     code.label("reset").put(_dx(0x603), _al(1), OUT, b"\xf4")
     code.label("fault").put(b"\x0f\x01\x1d", struct.pack("<I", 0x9000), b"\xcc")  # lidt of zeros; int3
+    code.label("lost").put(b"\xb8", struct.pack("<I", NOWHERE), b"\xff\xe0")  # jump to where there is no memory
     return code.finish()
 
 

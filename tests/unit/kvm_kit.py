@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from posada.kvm import System, Vcpu, Vm
+from posada.kvm import Exit, GuestDebug, System, Vcpu, Vm
 from posada.kvm.exits import ExitData
 from posada.vmm.vcpu import Vcpus, VcpuThread
 
@@ -218,6 +218,16 @@ class Ends:
     def wait(self, timeout: float = 10) -> ExitData | Exception:
         assert self._event.acquire(timeout=timeout), "no exit came"
         return self.seen[-1][1]
+
+
+def has_hardware_breakpoints(system: System) -> bool:
+    """Whether this processor stops guests at them: QEMU's emulated SVM does not. nop; hlt, with one at the hlt."""
+    toy = Toy(system, b"\x90\xf4", long_mode=True)
+    control = GuestDebug.ENABLE | GuestDebug.USE_HW_BP
+    toy.vcpu.set_guest_debug(control, [CODE + 1, 0, 0, 0, 0, 0, 0, 0x402])
+    reason = toy.vcpu.run()
+    toy.close()
+    return reason == Exit.DEBUG
 
 
 class Running:

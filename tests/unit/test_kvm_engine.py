@@ -17,7 +17,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from kvm_engine_kit import ME, Console, Kit, count, needs_kvm, say
+from kvm_engine_kit import ME, NOWHERE, Console, Kit, count, needs_kvm, say
 
 from posada.engine.base import CaptureFailed, DiskFile, Launch, NewLayer, SnapshotFiles
 from posada.engine.common import process
@@ -86,7 +86,9 @@ async def inn(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Inn]:
 async def check(found: Inn) -> None:
     await found.close()
     assert not [running for running in found.running if process.alive(running.process)]
-    assert not [path for launch in found.launches for path in launch.runtime.iterdir() if "console.log" not in path.name]
+    assert not [
+        path for launch in found.launches for path in launch.runtime.iterdir() if "console.log" not in path.name
+    ]
 
 
 def runtime(running: Running) -> Path:
@@ -133,6 +135,19 @@ async def test_how_it_ends(inn: Inn, typed: bytes) -> None:
     else:
         assert status.ended is not None and "KVM gave up" in status.ended
     console.close()
+
+
+async def test_the_report_of_what_kvm_gave_up_on_is_in_the_log(inn: Inn) -> None:
+    running = await inn.start()
+    console = await Console.open(runtime(running))
+    console.type(b"^")
+    status = await inn.engine.wait(running, 10)
+    console.close()
+    assert status.crashed and status.ended is not None and status.ended.startswith("KVM gave up: INTERNAL_ERROR")
+    log = (runtime(running) / "console.log").read_text()
+    assert log.startswith(f"toy\n\nposada: {status.ended}\n")
+    assert f"rax {NOWHERE:016x}" in log
+    assert f"code at {NOWHERE:#x}" in log
 
 
 async def test_a_kill_that_was_asked_for_and_one_that_was_not(inn: Inn) -> None:
@@ -200,7 +215,12 @@ asyncio.run(KvmEngine(Path(sys.argv[1])).start(launch))
 """
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     done = await asyncio.to_thread(
-        subprocess.run, [sys.executable, "-c", program, str(inn.folder)], env=env, capture_output=True, text=True, timeout=60
+        subprocess.run,
+        [sys.executable, "-c", program, str(inn.folder)],
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=60,
     )
     assert done.returncode == -signal.SIGKILL, done.stderr
     left = Path(done.stdout.strip())

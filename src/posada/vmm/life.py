@@ -127,7 +127,13 @@ class Life:
         self._loop.stop()
 
     def finish(self) -> None:
-        """Write the exit record. The vcpus stand still for good."""
+        """Write the exit record. The vcpus stand still for good.
+
+        What a person needs to find out why it crashed goes to the console as well: its log outlives the machine.
+        """
+        if self._crashed and self.notes:
+            report = "".join(f"{line}\r\n" for line in [f"posada: {self._reason}", *self.notes.splitlines()])
+            self._console.output(b"\r\n" + report.encode(errors="replace"))
         self._console.flush()
         panic = ending.panic_reason(self._reason, False, self._console.recent.get())
         crashed = self._crashed or panic is not None or not self._reason
