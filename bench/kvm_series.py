@@ -13,15 +13,15 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
 
 from posada.kvm.call import call
-from posada.kvm.vcpu import Vcpu
 from posada.vmm import fork as forking
 from posada.vmm import main as monitor
 from posada.vmm import process
+from posada.vmm import vcpu as running
 from posada.vmm.builder import prepare, wire
 from posada.vmm.config import JailConfig, MonitorConfig, VsockConfig
 from posada.vmm.control import Control
@@ -31,6 +31,7 @@ from posada.vmm.memory import PAGE, GuestMemory
 from posada.vmm.pagemap import PageMap
 from posada.vmm.replay import Replay
 from posada.vmm.reset import Point
+from posada.vmm.vcpu import Vcpus
 
 SIZE = 256 << 20
 CODE, PORT = 0x1000, 0x10
@@ -95,30 +96,30 @@ def child_of(parent: Machine) -> MonitorConfig:
 class Stamps:
     """When steps of a fork end, in the process that takes them."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: Device) -> None:
+        self.device = device
         self.at: dict[str, int] = {}
         self.faults = 0
         self.spent = 0
         """Nanoseconds of processor time: of this thread until fork(2) is done; in a child, of all of it until its first exit."""
         for owner, name, text in (
-            (Replay, "record", "vcpus parked, state recorded"),
+            (Vcpus, "quiesce", "vcpus parked"),
+            (Replay, "record", "state recorded"),
             (forking, "_fork", "fork(2) has returned in the child"),
             (Replay, "play", "its kernel vm is made, state put in"),
-            (Forker, "_start", "its vcpu's thread is started"),
             (forking, "_adopt", "its descriptors are its own"),
         ):
             self._wrap(owner, name, text)
-        plain = Vcpu.run
+        plain = running.enter
 
-        def run_and_note(vcpu: Vcpu) -> int:
-            reason = plain(vcpu)
-            if "first exit" not in self.at:
-                self.at["first exit"] = now()
-                self.spent = time.process_time_ns()
-                self.faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-            return reason
+        def enter_and_note(fd: int) -> bool:
+            entered = plain(fd)
+            self.at["first exit"] = now()
+            self.spent = time.process_time_ns()
+            self.faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+            return entered
 
-        setattr(Vcpu, "run", run_and_note)  # noqa: B010
+        setattr(running, "enter", enter_and_note)  # noqa: B010
 
     def _wrap(self, owner: Any, name: str, text: str) -> None:
         plain = getattr(owner, name)
@@ -129,7 +130,7 @@ class Stamps:
             if name == "_fork" and result:
                 self.spent = time.thread_time_ns()
             elif name == "_fork":
-                self.at.pop("first exit", None)
+                self.device.at = 0
             return result
 
         setattr(owner, name, noted)
@@ -140,26 +141,24 @@ def forks(runs: int, touched: bool = False, hugepages: bool = False) -> dict[str
     if touched:
         for at in range(4 << 20, SIZE, PAGE):
             parent.memory.view(at, 1)[0] = 1
-    stamps, forker, config = Stamps(), Forker(parent), child_of(parent)
+    stamps, forker, config = Stamps(device), Forker(parent, lambda: live(parent, lambda: tell(*told))), child_of(parent)
+    told: tuple[int, int] = -1, 0
     found: dict[str, Any] = {"first": [], "answered": [], "pause": [], "spent": [], "faults": [], "steps": {}}
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     parent.start()
 
     def once() -> None:
+        nonlocal told
         reader, writer = os.pipe()
         stamps.at.clear()
-        device.at = 1
         child = Child(config)
         spent = time.thread_time_ns()
-        begun = now()
+        told = writer, now()
         outcome = forker.fork([child])
-        if outcome is None:
-            device.at = 0
-            tell(writer, begun)
-            return
+        assert outcome is not None
         os.close(writer)
-        with open(reader, "rb") as told:
-            values = json.load(told)
+        with open(reader, "rb") as answer:
+            values = json.load(answer)
         found["first"].append(values["at"]["first exit"] / 1e6)
         found["answered"].append(values["answered"] / 1e6)
         found["faults"].append(values["faults"])
@@ -190,6 +189,12 @@ def forks(runs: int, touched: bool = False, hugepages: bool = False) -> dict[str
     order = sorted(found["steps"], key=lambda name: sorted(found["steps"][name])[runs // 2])
     found["steps"] = {name: found["steps"][name] for name in order}
     return found
+
+
+def live(child: Machine, first: Callable[[], object]) -> NoReturn:
+    first()
+    child.loop.run()
+    os._exit(0)
 
 
 def touched(runs: int) -> dict[str, Any]:
@@ -231,7 +236,7 @@ def private(guest: GuestMemory) -> dict[str, int]:
 
 def memory(runs: int) -> dict[str, Any]:
     parent, device = machine(COUNT)
-    forker, config = Forker(parent), child_of(parent)
+    forker, config = Forker(parent, lambda: live(parent, report)), child_of(parent)
     reader, writer = os.pipe()
     alone: dict[str, int] = {}
     parent.start()
@@ -245,11 +250,9 @@ def memory(runs: int) -> dict[str, Any]:
 
     def once() -> None:
         alone.update(private(parent.memory))
-        if forker.fork([Child(config)]) is None:
-            device.count = 0
-            report()
-        else:
-            parent.loop.stop()
+        device.count = 0
+        forker.fork([Child(config)])
+        parent.loop.stop()
 
     parent.loop.timer(0.2, once)
     parent.loop.run()

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import _thread
 import mmap
 import os
+import signal
 import socket
 import stat
+import threading
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, NoReturn
 
 from kvm_kit import needs_kvm
 from machine_kit import COUNTER, MIB, child, counter, fork, monitor, spin, tidy, toy
@@ -88,6 +91,101 @@ def test_a_fork_of_a_fork_and_of_a_paused_machine() -> None:
     assert by(reports, "last")[0]["count"] > 80
 
 
+def test_the_thread_that_forked_may_be_the_first_vcpu() -> None:
+    """With ``live`` a child's loop has a new thread: it runs, stands still when asked to, and forks in turn."""
+
+    def body(report: Report) -> None:
+        machine, _ = toy(cpus=2)
+        generation = 0
+
+        def live() -> NoReturn:
+            nonlocal generation
+            generation += 1
+            try:
+                thread = machine.vcpus.threads[0]
+                start = counter(machine)
+                spin(machine, lambda: counter(machine) > start + 50)
+                machine.pause()
+                at = counter(machine)
+                report(
+                    who=machine.config.name,
+                    generation=generation,
+                    swapped=thread._ident == main_thread() != _thread.get_ident(),
+                    parked=thread.state.value,
+                    still=counter(machine) == at,
+                )
+                machine.resume()
+                spin(machine, lambda: counter(machine) > at + 50)
+                if generation < 3:
+                    fork(machine, forker, 1)
+            except BaseException as error:
+                report(error=repr(error))
+            finally:
+                os._exit(0)
+
+        forker = Forker(machine, live)
+        machine.start()
+        spin(machine, lambda: counter(machine) > 20)
+        fork(machine, forker, 2)
+
+    reports = monitor(body)
+    assert sorted((r["who"], r["generation"]) for r in reports) == [
+        ("child0", 1), ("child0", 2), ("child0", 2), ("child0", 3), ("child0", 3), ("child1", 1),
+    ]  # fmt: skip
+    assert all(r["swapped"] and r["still"] and r["parked"] == "parked" for r in reports)
+
+
+def test_a_child_whose_guest_asks_for_nothing_is_a_machine_too() -> None:
+    """Its first vcpu never leaves KVM_RUN: the loop goes on without it, stops and ends it."""
+
+    def body(report: Report) -> None:
+        machine, _ = toy(b"\xeb\xfe")
+
+        def live() -> NoReturn:
+            machine.pause()
+            report(parked=machine.vcpus.threads[0].state.value)
+            machine.resume()
+            machine.close()
+            report(stopped=machine.vcpus.threads[0].state.value)
+            os._exit(0)
+
+        machine.start()
+        fork(machine, Forker(machine, live), 1)
+
+    assert monitor(body) == [{"parked": "parked"}, {"stopped": "stopped"}]
+
+
+def test_a_signal_to_such_a_child_reaches_its_loop() -> None:
+    """Python answers signals on a process's first thread, which is in KVM_RUN."""
+
+    def body(report: Report) -> None:
+        machine, _ = toy(b"\xeb\xfe")
+        signal.signal(signal.SIGTERM, lambda *_: machine.loop.stop())
+
+        def live() -> NoReturn:
+            machine.loop.soon(lambda: report(pid=os.getpid()))
+            machine.loop.run()
+            report(ended=True)
+            os._exit(0)
+
+        machine.start()
+        forked = fork(machine, Forker(machine, live), 1)
+        assert forked is not None
+        os.read(told[0], 1)
+        os.kill(forked.children[0], signal.SIGTERM)
+
+    told = os.pipe()
+
+    def telling(report: Report) -> None:
+        def both(**values: Any) -> None:
+            report(**values)
+            os.write(told[1], b".")
+
+        body(both)
+
+    assert [set(r) for r in monitor(telling)] == [{"pid"}, {"ended"}]
+
+
 def test_the_guest_is_told() -> None:
     """Generation id in memory before a vcpu runs, cid in the vsock device's configuration."""
 
@@ -105,6 +203,10 @@ def test_the_guest_is_told() -> None:
 
     (child_,) = by(monitor(body), "child")
     assert child_["generation"] == "0" * 31 + "1" and child_["cid"] == 100
+
+
+def main_thread() -> int:
+    return threading.main_thread().ident or 0
 
 
 def mapped_vcpus() -> int:
@@ -240,7 +342,7 @@ def test_replayed_state_is_the_saved_state() -> None:
         replay = Replay(machine.system, machine.vm, vcpus)
         replay.record(machine.clock)
         before = [cpustate.save(vcpu) for vcpu in vcpus], vmstate.save(machine.vm)
-        replay.play()
+        replay.become(replay.play())
         after = [cpustate.save(vcpu) for vcpu in vcpus], vmstate.save(machine.vm)
         moving = {"tsc", "clock"}
         differing = [

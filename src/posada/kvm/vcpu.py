@@ -23,6 +23,17 @@ _IMMEDIATE_EXIT = 1  # kvm_run as bytes
 _MSR_ENTRY = struct.Struct("<I4xQ")
 
 
+def enter(fd: int) -> bool:
+    """KVM_RUN on a vcpu that is no `Vcpu` yet. False: it was cut short. Raises KvmError."""
+    try:
+        ioctl(fd, _RUN)
+    except (InterruptedError, BlockingIOError):
+        return False
+    except OSError as error:
+        raise failure("RUN", error) from error
+    return True
+
+
 class Vcpu:
     """One virtual processor. Every method raises KvmError.
 
@@ -41,6 +52,8 @@ class Vcpu:
         """Its local APIC is in the kernel."""
         self.cpuid = b""
         """What `set_cpuid` was given, as struct kvm_cpuid_entry2."""
+        self.tsc_khz = 0
+        """What `set_tsc_khz` was given; 0: the kernel's own choice."""
         self._map = mmap.mmap(fd, mmap_size)
         self._mmap_size = mmap_size
         self.kvm_run = memoryview(self._map)
@@ -56,7 +69,7 @@ class Vcpu:
         exit is complete (API section 5: "KVM_EXIT_IO … only complete after user space has re-entered").
         """
         try:
-            ioctl(self.fd, _RUN, 0)
+            ioctl(self.fd, _RUN)  # an argument of 0, without trying first whether it is a buffer
         except InterruptedError:
             return _INTR
         except BlockingIOError:  # EAGAIN: a vcpu that waited for its start-up IPI was woken
@@ -73,6 +86,11 @@ class Vcpu:
     def immediate_exit(self, value: int) -> None:
         """1: the next (or present, with a signal) `run` returns Exit.INTR at once. Any thread may set it."""
         self.kvm_run[_IMMEDIATE_EXIT] = value
+
+    @property
+    def reason(self) -> int:
+        """The last exit's (`Exit`)."""
+        return self._words[_REASON]
 
     def io_exit(self) -> exits.IoExit:
         """After Exit.IO."""
@@ -225,6 +243,7 @@ class Vcpu:
     def set_tsc_khz(self, khz: int) -> None:
         """Without TSC scaling in hardware only the host's own rate, or nearly, is possible."""
         call(self.fd, Ioctl.SET_TSC_KHZ, khz)
+        self.tsc_khz = khz
 
     def has_tsc_offset(self) -> bool:
         """Whether the kernel (5.16) lets us read and write the TSC's offset."""
@@ -251,7 +270,7 @@ class Vcpu:
         call(self.fd, Ioctl.SET_DEVICE_ATTR, request, "TSC offset")
 
     def after_fork(self, fd: int) -> None:
-        """In a forked child: become ``fd``, the same vcpu of the child's own vm, in reset state."""
+        """In a forked child: become ``fd``, the same vcpu of the child's own vm."""
         self.close()
         self.fd = fd
         self._map = mmap.mmap(fd, self._mmap_size)

@@ -10,6 +10,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NoReturn
 
 from posada.errors import Busy, EngineError
 from posada.proto.monitor import Op
@@ -120,13 +121,16 @@ class Branching:
         children = [Birth(config) for config in _configs(call.take_children())]
         switch = self._layers(call)
 
+        def forget() -> None:
+            switch.close()
+            self._busy = False
+            if self._point is not None:
+                self._point.forget()
+                self._point = None
+
         def fork() -> Result | None:
-            forked = self._forker.fork(children, switch, switch.close)
+            forked = self._forker.fork(children, switch, forget)
             if forked is None:
-                self._busy = False
-                if self._point is not None:
-                    self._point.forget()
-                    self._point = None
                 return None  # we are a child
             pids = [{"pid": pid} if isinstance(pid, int) else {"error": str(pid)} for pid in forked.children]
             return {"pause": forked.pause, "children": pids}

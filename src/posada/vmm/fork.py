@@ -9,17 +9,21 @@ In the pause, in this order::
                                   │  its own descriptors: loop, lines, kicks, control, console, life, disks, network, vsock
                                   ▼  the lock is let go
 
+Waking a thread costs a child a fifth of its time to the first instruction. So where it may, the thread that forked runs the
+child's first vcpu itself, for good, and the child's loop gets a new thread (``live``).
+
 Which locks can be held at the fork, and by whom, is in docs/adr/0007-kvm-fork.md. In short: every other thread waits in
 a `VcpuThread`'s Condition, holding nothing, and the loop's lock is this thread's.
 """
 
 from __future__ import annotations
 
+import _thread
 import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NoReturn
 
 from posada.runtime.console import DescriptorLog
 from posada.vmm import layout, process
@@ -66,10 +70,17 @@ class Child:
 
 
 class Forker:
-    """Forks one machine, any number of times; in a child it is the child's."""
+    """Forks one machine, any number of times; in a child it is the child's.
 
-    def __init__(self, machine: Machine) -> None:
-        self._machine = machine
+    ``live``: runs a child's loop, on a thread that is made for it, and ends the process with it. Without it the caller goes
+    on in the child, and its vcpus get new threads.
+    """
+
+    def __init__(self, machine: Machine, live: Callable[[], NoReturn] | None = None) -> None:
+        self._machine, self._live = machine, live
+        # What a child needs at once, made beforehand.
+        self._generation = machine.memory.view(layout.VMGENID, 16)
+        self._ran, self._settled = _thread.allocate_lock(), _thread.allocate_lock()
         self._replay: Replay | None = None
 
     def fork(
@@ -78,7 +89,7 @@ class Forker:
         switch: Callable[[], object] = lambda: None,
         forget: Callable[[], object] = lambda: None,
     ) -> Forked | None:
-        """Make ``children``; in each of them it returns None, and the machine is the child's.
+        """Make ``children``; in each of them it returns None, or never with ``live``, and the machine is the child's.
 
         On the loop's thread, from `Loop.soon`: a child goes on in the same loop, and must not dispatch what the parent's
         epoll had found ready. ``switch`` puts the parent's disks, frozen by then, on their new layers; ``forget`` lets go, in
@@ -116,7 +127,7 @@ class Forker:
             if me is None:
                 return Forked(tuple(pids), time.monotonic() - begun)
             self._become(born.pop(me), born, forget)
-            return None
+        return None
 
     def _still(self) -> None:
         """The vcpus are parked: nothing else may be under way, and the kernel's part is recorded."""
@@ -127,35 +138,64 @@ class Forker:
             vcpus = [thread.vcpu for thread in machine.vcpus.threads]
             self._replay = Replay(machine.system, machine.vm, vcpus)
         self._replay.record(machine.clock if machine.state is State.PAUSED else None)
+        for lock in (self._ran, self._settled):
+            lock.acquire(blocking=False)
 
     def _become(self, me: Child, others: Sequence[Child], forget: Callable[[], object]) -> None:
-        """In a child: live, or die and say why."""
+        """In a child: live, or die and say why. The guest runs at once; its accesses wait until the lock is let go."""
         try:
-            self._start(me)
-            for other in others:
-                other.close()
-            forget()
-            _adopt(self._machine, me)
+            machine, replay = self._machine, self._replay
+            assert replay is not None
+            made = replay.play()
+            if me.generation is not None:
+                self._generation[:] = me.generation
+            if self._live is None:
+                self._settle(made)
+                self._adopt(me, others, forget)
+                return
+            _thread.start_new_thread(self._loop, (me, others, forget, made, _thread.get_ident()))
+            machine.loop.lock._release_save()  # type: ignore[attr-defined]  # all of it: it is the new thread's
         except BaseException as error:
-            starter = me.config.life.starter
-            process.refuse(starter, error if isinstance(error, Exception) else RuntimeError(repr(error)))
-            os._exit(1)
+            _die(me, error)
+        machine.vcpus.threads[0].run_here(made[1], self._ran, self._settled)
 
-    def _start(self, me: Child) -> None:
-        """The kernel's part. The guest runs at once; whatever it asks of a device waits until the lock is let go."""
+    def _loop(
+        self, me: Child, others: Sequence[Child], forget: Callable[[], object], made: list[int], first: int
+    ) -> None:
+        """The new thread of a child's loop. ``first``: the thread that is the first vcpu's."""
+        assert self._live is not None
+        try:
+            with self._machine.loop.lock:
+                self._ran.acquire(timeout=FIRST_RUN)  # see `_settle`
+                self._settle(made, first)
+                self._settled.release()
+                self._adopt(me, others, forget)
+        except BaseException as error:
+            _die(me, error)
+        self._live()
+
+    def _settle(self, made: list[int], first: int = 0) -> None:
+        """The machine is the vm that was made; its vcpus have threads."""
         machine, replay = self._machine, self._replay
         assert replay is not None
-        replay.play()
-        if me.generation is not None:
-            machine.memory.write(layout.VMGENID, me.generation)
+        replay.become(made)
         machine.state, machine.clock = State.RUNNING, None
-        for thread in machine.vcpus.threads:
-            thread.after_fork()
+        threads = machine.vcpus.threads
+        for thread in threads:
+            thread.after_fork(first if thread is threads[0] else 0)
+        for thread in threads[1:] if first else threads:
             thread.start()
         # A thread that only wakes up never wins the interpreter's lock against one that gives it up for microseconds: let
-        # them have it until they stand in KVM_RUN. Most guests leave that at once.
-        for thread in machine.vcpus.threads[:1]:
-            thread.wait_first(FIRST_RUN)
+        # the first have it until it stands in KVM_RUN. Most guests leave that at once.
+        if not first:
+            threads[0].wait_first(FIRST_RUN)
+
+    def _adopt(self, me: Child, others: Sequence[Child], forget: Callable[[], object]) -> None:
+        """What of the parent's is still there goes, and the child gets its own."""
+        for other in others:
+            other.close()
+        forget()
+        _adopt(self._machine, me)
 
 
 def freeze(machine: Machine) -> None:
@@ -163,6 +203,11 @@ def freeze(machine: Machine) -> None:
     for slot in machine.slots.values():
         if isinstance(slot.transport.device, Blk):
             slot.transport.device.freeze()
+
+
+def _die(me: Child, error: BaseException) -> NoReturn:
+    process.refuse(me.config.life.starter, error if isinstance(error, Exception) else RuntimeError(repr(error)))
+    os._exit(1)
 
 
 def _fork(pids: list[int | OSError]) -> bool:
@@ -209,6 +254,8 @@ def hardware(config: MonitorConfig) -> dict[str, dict[str, Any]]:
         given["vsock"] = {"cid": vsock.cid, "listeners": vsock.listeners, "connect": vsock.connect}
     for index, nic in enumerate(config.nics):
         given[f"nic:{index}"] = {"mac": nic.mac, "fd": nic.fd, "kind": nic.kind}
+    for folder in config.folders:
+        given[folder.tag] = {"fd": folder.fd, "server": folder.server}
     return given
 
 

@@ -9,6 +9,9 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
+from functools import partial
+from typing import NoReturn
 
 if __name__ == "__main__":  # -I: not even our own package is on the path
     sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
@@ -67,7 +70,11 @@ def settle(machine: Machine) -> None:
     config = machine.config
     process.settle(machine.life, lambda: machine.end(ending.KILLED))
     gone = jail.enter(config.jail)
-    handlers = Verbs(machine, gone).handlers() | Branching(machine).handlers() | Tuning(machine).handlers()
+    handlers = (
+        Verbs(machine, gone).handlers()
+        | Branching(machine, partial(live, machine)).handlers()
+        | Tuning(machine).handlers()
+    )
     handlers = Debugging(machine).handlers(handlers)
     machine.control = Control(machine.loop, config.control, handlers, machine.life.note)
     process.warm()
@@ -87,6 +94,11 @@ def run(machine: Machine, incoming: Incoming | None = None) -> None:
     if incoming:
         incoming.running()
     machine.life.started()
+    serve(machine)
+
+
+def serve(machine: Machine) -> None:
+    """The loop, to the exit record."""
     try:
         machine.loop.run()
     except Exception as error:
@@ -94,6 +106,18 @@ def run(machine: Machine, incoming: Incoming | None = None) -> None:
         raise
     finally:
         machine.close()
+
+
+def live(machine: Machine) -> NoReturn:
+    """A forked child, once it has all that it needs: its loop on a thread of its own, to the end of the process."""
+    status = 1
+    try:
+        serve(machine)
+        status = 0
+    except Exception:
+        traceback.print_exc()
+    finally:
+        os._exit(status)
 
 
 def _complain(text: str, status: int) -> int:

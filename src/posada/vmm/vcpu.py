@@ -35,11 +35,12 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from enum import Enum
-from typing import Protocol
+from typing import NoReturn, Protocol
 
+from posada.errors import KvmError
 from posada.kvm.exits import IO_DATA, UNION, ExitData, MmioExit, name_of
 from posada.kvm.numbers import Exit
-from posada.kvm.vcpu import Vcpu
+from posada.kvm.vcpu import Vcpu, enter
 from posada.vmm.threads import Condition, RLock
 
 KICK = signal.SIGUSR1
@@ -129,6 +130,32 @@ class VcpuThread:
             # Not threading.Thread: its start() waits until the thread runs, and a forked child cannot afford it.
             self._ident = _thread.start_new_thread(self._main, ())
 
+    def run_here(self, fd: int, ran: _thread.LockType, settled: _thread.LockType) -> NoReturn:
+        """In a forked child: run the vcpu ``fd``, which `vcpu` is to become, and be its thread for good.
+
+        ``ran`` is released when it has left KVM_RUN for the first time; what made it do so is looked at when ``settled``
+        can be had: `after_fork` has told others of this thread by then.
+        """
+        entered, begun = False, False
+        failed: KvmError | None = None
+        try:
+            entered = enter(fd)
+        except KvmError as error:
+            failed = error
+        ran.release()
+        settled.acquire()
+        try:
+            if failed is not None:
+                raise failed
+            self._begin()
+            begun = True
+            self._step(self.vcpu.reason if entered else _INTR)
+        except Exception as error:
+            self._decide(error)
+        self._main(begun)
+        while True:  # this thread is the process's first: if it returned, the process would end
+            settled.acquire()
+
     def wait_first(self, seconds: float) -> None:
         """After `start`, once: returns when it has left KVM_RUN for the first time, or when that takes longer."""
         self._first.acquire(timeout=seconds)
@@ -177,13 +204,16 @@ class VcpuThread:
             self.kick()
             self._changed.wait_for(lambda: self.state is State.STOPPED)
 
-    def after_fork(self) -> None:
-        """In a forked child, which has no other thread: NEW again, on the vcpu as the child has remade it."""
-        self.state, self.wanted, self.held = State.NEW, Wanted.RUN, False
+    def after_fork(self, ident: int = 0) -> None:
+        """In a forked child, which has no other thread: NEW again, on the vcpu as the child has remade it.
+
+        ``ident``: it runs already, on that thread (`run_here`).
+        """
+        self.state, self.wanted, self.held = State.RUNNING if ident else State.NEW, Wanted.RUN, False
         self._kvm_run = self.vcpu.kvm_run
         self._first.acquire(blocking=False)
         self._changed.forget()
-        self._ident = 0
+        self._ident = ident
 
     def trace(self, entries: int) -> None:
         """Keep the last ``entries`` exits for `traced`; 0 ends it."""
@@ -199,8 +229,7 @@ class VcpuThread:
 
     # on the thread itself
 
-    def _main(self) -> None:
-        begun = False
+    def _main(self, begun: bool = False) -> None:
         try:
             while self._may_run():
                 try:
