@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import select
 import socket
@@ -93,7 +94,7 @@ def test_calls_that_are_refused_and_that_are_death(folder: Path) -> None:
     said = run(
         folder,
         "jail.enter(folder, readonly=False)\n"
-        "print(refused(socket.socket), refused(os.fork), refused(os.getpgid, 1), flush=True)\n",
+        "print(refused(socket.socket), refused(os.getpgid, 1), refused(os.pipe2, 0), flush=True)\n",
     )
     assert said.split() == ["EPERM", "EPERM", "EPERM"]
     for call in ("os.execv('/bin/true', ['true'])", "os.kill(os.getppid(), 0)", "os.chroot('.')", "os.setuid(0)"):
@@ -115,6 +116,18 @@ class Served:
         self.pid = next(pid for pid in map(int, filter(str.isdecimal, os.listdir("/proc"))) if _holds(pid, theirs))
         theirs.close()
         os.close(fd)
+
+    def fork(self) -> Served:
+        """What serves the fork of a guest."""
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        ours.settimeout(10)
+        self.sock.sendmsg([b"\0"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, theirs.fileno().to_bytes(4, sys.byteorder))])
+        twin = Served.__new__(Served)
+        twin.sock = ours
+        assert twin.ask(Op.STATFS, 1, b"")[0] == 0
+        twin.pid = next(pid for pid in map(int, filter(str.isdecimal, os.listdir("/proc"))) if _holds(pid, theirs))
+        theirs.close()
+        return twin
 
     def ask(self, op: Op, node: int, body: bytes) -> tuple[int, bytes]:
         self.sock.send(abi.IN_HEADER.pack(40 + len(body), op, 5, node, 7, 8, 1, 0) + body)
@@ -172,6 +185,30 @@ def test_it_serves(served: Served, folder: Path) -> None:
     handle, *_ = abi.OPEN_OUT.unpack(opened)
     error, listed = served.ask(Op.READDIR, 1, abi.READ_IN.pack(handle, 0, 4096, 0, 0, 0, 0))
     assert error == 0 and b"hello" in listed and b"sub" in listed
+
+
+def test_a_fork_of_the_guest_gets_a_server_of_its_own(folder: Path) -> None:
+    """With all that is open in it, of which each closes its own."""
+    served = Served(folder, "rw")
+    node = abi.ENTRY.unpack_from(served.ask(Op.LOOKUP, 1, b"hello\0")[1])[0]
+    handle = abi.OPEN_OUT.unpack(served.ask(Op.OPEN, node, abi.OPEN_IN.pack(os.O_RDWR, 0))[1])[0]
+    (folder / "hello").unlink()
+    twin = served.fork()
+    with twin.sock, served.sock:
+        assert served.ask(Op.RELEASE, node, abi.RELEASE_IN.pack(handle, 0, 0, 0)) == (0, b"")
+        assert twin.ask(Op.READ, node, abi.READ_IN.pack(handle, 0, 100, 0, 0, 0, 0)) == (0, b"hello, guest")
+        assert served.ask(Op.READ, node, abi.READ_IN.pack(handle, 0, 100, 0, 0, 0, 0))[0] == errno.EBADF
+        assert twin.pid != served.pid and twin.status()["Seccomp"] == "2"
+        ends = {pid: os.pidfd_open(pid) for pid in (served.pid, twin.pid)}
+        served.sock.close()
+        assert select.select([ends[served.pid]], [], [], 10)[0]
+        grandchild = twin.fork()
+        assert twin.ask(Op.LOOKUP, 1, b"sub\0")[0] == 0  # it outlives the one it comes from
+        grandchild.sock.close()
+        twin.sock.close()
+        assert select.select([ends[twin.pid]], [], [], 10)[0]
+        for end in ends.values():
+            os.close(end)
 
 
 @pytest.mark.skipif(not root, reason="needs root")

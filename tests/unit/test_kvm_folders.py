@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import select
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -75,15 +77,37 @@ def _ends(pid: int) -> bool:
         os.close(end)
 
 
+async def test_forks_have_servers_of_their_own(inn: Inn, shared: tuple[Path, Path]) -> None:
+    one, two = shared
+    spec = [f"{one}:/work", f"{two}:/data:ro"]
+    running = await inn.start(folders=spec)
+    first = servers(one) + servers(two)
+    children = await inn.fork(running, 3, folders=spec)
+    await until(lambda: len(servers(one)) == len(servers(two)) == 4)
+    twins = [pid for pid in servers(one) + servers(two) if pid not in first]
+    (grandchild,) = await inn.fork(children[0], folders=spec)
+    await until(lambda: len(servers(one)) == 5)
+    await inn.engine.kill(running)
+    assert all(map(_ends, first))
+    assert len(servers(one)) == 4 and set(twins) <= set(servers(one) + servers(two))
+    for each in (*children, grandchild):
+        assert (await inn.engine.inspect(each)).devices["folder0"]["pending"] == 0
+        await inn.engine.kill(each)
+    assert all(map(_ends, servers(one) + servers(two)))
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """What other processes do by themselves."""
+    async with asyncio.timeout(10):
+        while not condition():
+            await asyncio.sleep(0.01)
+
+
 async def test_what_cannot_follow_is_refused_in_words(inn: Inn, shared: tuple[Path, Path], tmp_path: Path) -> None:
     running = await inn.start(folders=[f"{shared[0]}:/work"])
     (tmp_path / "snapshot").mkdir()
     with pytest.raises(CaptureFailed, match="capture of a machine that shares folders"):
         await inn.engine.capture(running, tmp_path / "snapshot", [])
-    with pytest.raises(CaptureFailed, match="fork of a machine that shares folders"):
-        await inn.engine.fork(running, [inn.launch()], [])
-    with pytest.raises(CaptureFailed, match="folders"):  # a child cannot have what its parent has not either
-        await inn.engine.fork(running, [inn.launch(folders=[f"{shared[0]}:/work"])], [])
     async with connect(runtime(running)) as session:
         with pytest.raises(EngineError, match="reset of a machine"):
             await session.call(Op.RESET, {})

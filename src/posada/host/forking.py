@@ -25,7 +25,7 @@ from posada.host import snapshots as points
 from posada.host.capturing import growing, still
 from posada.host.creating import forget
 from posada.host.house import House, now
-from posada.host.launch import build_launch, new_mac, refuse_folders
+from posada.host.launch import build_launch, new_mac
 from posada.host.layers import grow, overlay, settle
 from posada.host.merging import merge_deep
 from posada.host.names import generate
@@ -65,7 +65,6 @@ async def fork(
             )
         can = house.engine(vm.engine).capabilities()
         can.require(Feature.FORK if point is None else Feature.FORK_SNAPSHOT)
-        refuse_folders(vm, "fork")
         if not house.has_agent(vm):
             raise Unsupported(
                 vm.engine,

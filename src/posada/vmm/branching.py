@@ -26,7 +26,7 @@ from posada.vmm.machine import Machine
 from posada.vmm.migrate import Moved, Outgoing
 from posada.vmm.pagemap import PageMap
 from posada.vmm.reset import Point
-from posada.vmm.tied import whole
+from posada.vmm.tied import fork_servers, whole
 from posada.vmm.tuning import find_disk
 
 
@@ -128,8 +128,14 @@ class Branching:
                 self._point.forget()
                 self._point = None
 
+        def part() -> None:
+            try:
+                switch()
+            finally:
+                fork_servers(self._machine, [child.config for child in children])
+
         def fork() -> Result | None:
-            forked = self._forker.fork(children, switch, forget)
+            forked = self._forker.fork(children, part, forget)
             if forked is None:
                 return None  # we are a child
             pids = [{"pid": pid} if isinstance(pid, int) else {"error": str(pid)} for pid in forked.children]

@@ -93,14 +93,20 @@ class NicConfig:
 
 @dataclass(frozen=True, slots=True)
 class FolderConfig:
-    """A folder of the host. ``tag``: what the guest mounts; ``fd``: the socket of its server (`posada.vmm.folder`)."""
+    """A folder of the host. ``tag``: what the guest mounts; ``fd``: the socket of its server (`posada.vmm.folder`).
+
+    ``server``, of a machine that is forked: the other end of ``fd``, for its parent's server to fork for; else -1.
+    """
 
     tag: str
     fd: int
+    server: int = -1
 
     @classmethod
     def from_dict(cls, d: state.Document) -> FolderConfig:
-        return cls(state.text(d, "tag", 36), state.integer(d, "fd", 0, MAX_FD))
+        return cls(
+            state.text(d, "tag", 36), state.integer(d, "fd", 0, MAX_FD), state.integer(d, "server", -1, MAX_FD, -1)
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,7 +251,7 @@ class MonitorConfig:
             incoming=at(self.incoming),
             disks=tuple(replace(disk, chain=tuple((at(fd), kind) for fd, kind in disk.chain)) for disk in self.disks),
             nics=tuple(replace(nic, fd=at(nic.fd)) for nic in self.nics),
-            folders=tuple(replace(folder, fd=at(folder.fd)) for folder in self.folders),
+            folders=tuple(replace(each, fd=at(each.fd), server=at(each.server)) for each in self.folders),
             vsock=vsock,
             console=replace(console, listener=at(console.listener), log=at(console.log), log_old=at(console.log_old)),
             life=replace(

@@ -97,9 +97,27 @@ def test_there_is_no_way_out(vm: posada.VM, place: Path) -> None:
     assert (place / "secret").read_text() == "not yours"
 
 
-def test_it_survives_a_restart_and_is_not_copied(vm: posada.VM, place: Path) -> None:
-    with pytest.raises(posada.Unsupported, match="shares"):
-        vm.fork(1)
+def test_a_fork_goes_on_with_what_is_open(vm: posada.VM, place: Path) -> None:
+    (place / "work/shared").touch()
+    os.chown(place / "work/shared", ALICE, ALICE)
+    waits = "exec 3<>/srv/app/shared; read line < /run/go; rm /srv/app/$(hostname); hostname >&3; touch /run/done"
+    sh(vm, f"mkfifo /run/go; ({waits}) > /dev/null 2>&1 &")
+    one, two = vm.fork(2)
+    with one, two:
+        for each in (one, two):
+            name = sh(each, "hostname")
+            (place / "work" / name).touch()
+            (place / "work/shared").write_text("")
+            sh(each, "echo go > /run/go; until [ -e /run/done ]; do sleep 0.1; done")
+            assert (place / "work/shared").read_text() == f"{name}\n"
+            assert not (place / "work" / name).exists()
+            sh(each, f"echo of {name} > /srv/app/of-{name}")
+            assert sh(vm, f"cat /srv/app/of-{name}") == f"of {name}"
+        assert one.exec("touch", "/srv/data/new").exit_code != 0
+    assert sh(vm, "test ! -e /run/done && cat /srv/app/hello") == "hello from work"
+
+
+def test_it_survives_a_restart_and_is_not_saved(vm: posada.VM, place: Path) -> None:
     with pytest.raises(posada.Unsupported, match="shares"):
         vm.snapshot("full")
     vm.restart(timeout=60)

@@ -23,7 +23,7 @@ from posada.engine.common.files import open_file
 from posada.engine.common.identity import jail_uid
 from posada.engine.common.running import current, new_cid, write_running
 from posada.engine.common.uncut import in_thread, uncut
-from posada.engine.kvm import config, machine, net, stack
+from posada.engine.kvm import config, folders, machine, net, stack
 from posada.engine.kvm.control import Session, connect
 from posada.engine.kvm.files import Descriptors, clear
 from posada.engine.kvm.spawn import Newborn, inherit, limits
@@ -179,7 +179,7 @@ class _Child:
             count = await in_thread(stack.inherited, source, self.launch) if source.private.get("files") else 0
             shape = config.Shape.from_private(source.private)
             self.private = {**stack.private(self.launch, count), **shape.to_private()}
-            with Descriptors(self.launch, self.network.take()) as files:
+            with Descriptors(self.launch, self.network.take(), *folders.twins(self.launch)) as files:
                 uid = jail_uid(self.launch.uuid)
                 document = config.forked(self.launch, files.sent, cid=new_cid(), uid=uid, shape=shape)
                 await session.call(Op.CHILD, {"config": document.to_dict()}, fds=files.given)

@@ -2,8 +2,8 @@
 
 Every file and socket is opened by us and inherited, or sent: ``fd`` is asked for each by role, and answers with the number
 under which the monitor will find it. The roles: ``kvm``, ``control``, ``exit``, ``kernel``, ``initrd``,
-``disk:NAME:I:ro`` and ``disk:NAME:I:rw`` (file I of the disk's chain), ``nic:I``, ``folder:I``, ``agent``, ``vsock``,
-``console``, ``log``, ``log.1``, ``starter``, ``lock``, ``status``, ``activity``, ``owner``, ``root``.
+``disk:NAME:I:ro`` and ``disk:NAME:I:rw`` (file I of the disk's chain), ``nic:I``, ``folder:I``, ``server:I`` (its
+other end), ``agent``, ``vsock``, ``console``, ``log``, ``log.1``, ``starter``, ``lock``, ``status``, ``activity``, ``owner``, ``root``.
 """
 
 from __future__ import annotations
@@ -109,8 +109,9 @@ def restored(
 
 def forked(launch: Launch, fd: Descriptor, *, cid: int, uid: int | None, shape: Shape) -> MonitorConfig:
     """A machine that its parent's process becomes. Its disks' layers are the parent's but for the top, by files of its own."""
-    folders.refuse(launch, "fork")
-    return _machine(launch, fd, cid, uid, shape)
+    base = _machine(launch, fd, cid, uid, shape)
+    twins = [dataclasses.replace(f, server=fd(f"server:{i}")) for i, f in enumerate(base.folders)]
+    return dataclasses.replace(base, folders=tuple(twins))
 
 
 def _jail(base: MonitorConfig, fd: Descriptor) -> JailConfig:

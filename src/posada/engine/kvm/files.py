@@ -42,17 +42,19 @@ def clear(runtime: Path) -> None:
 class Descriptors(contextlib.ExitStack):
     """Opens what one machine is given. All is closed at the end of the ``with``: the monitor has its own then.
 
-    ``nics``, ``folders``: one descriptor for each, given away. Raises HostError, ImageError.
+    ``nics``, ``folders``, ``servers``: one descriptor for each, given away. Raises HostError, ImageError.
     """
 
-    def __init__(self, launch: Launch, nics: Sequence[int], folders: Sequence[int] = ()) -> None:
+    def __init__(
+        self, launch: Launch, nics: Sequence[int], folders: Sequence[int] = (), servers: Sequence[int] = ()
+    ) -> None:
         super().__init__()
         self._launch = launch
-        self._connected = {"nic": nics, "folder": folders}
+        self._connected = {"nic": nics, "folder": folders, "server": servers}
         self.given: list[int] = []
         """Everything that was asked for, in order."""
         self._ours: socket.socket | None = None
-        for fd in (*nics, *folders):
+        for fd in (*nics, *folders, *servers):
             self.callback(os.close, fd)
 
     def inherited(self, role: str) -> int:

@@ -49,6 +49,12 @@ async def serve(launch: Launch) -> Folders:
     return folders
 
 
+def twins(launch: Launch) -> tuple[list[int], list[int]]:
+    """For a machine that is forked: sockets, and their other ends, for the servers that its parent's become."""
+    pairs = [socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET) for _ in launch.spec.folders]
+    return [ours.detach() for ours, _ in pairs], [theirs.detach() for _, theirs in pairs]
+
+
 def refuse(launch: Launch, what: str) -> None:
     """Raise Unsupported if the launch has folders: what a guest has open is known to the server alone."""
     if launch.spec.folders:

@@ -88,7 +88,7 @@ def _check(result: int, what: str) -> None:
 
 
 def _filter() -> bytes:
-    """Files, the socket, memory. What only an attacker asks for is death, as in the monitor."""
+    """Files, the socket, memory, fork. What only an attacker asks for is death, as in the monitor."""
     rules = [*policy.common(), *(Rule(number) for number in _FILES.values())]
-    sockets = [Rule(policy.LOOP[name]) for name in ("sendto", "sendmsg", "recvfrom", "recvmsg", "getsockopt")]
-    return bpf.assemble([*rules, *sockets], bpf.errno(errno.EPERM))
+    others = [Rule(policy.LOOP[name]) for name in ("sendto", "sendmsg", "recvfrom", "recvmsg", "getsockname", "wait4")]
+    return bpf.assemble([*rules, *others, *policy.forking()], bpf.errno(errno.EPERM))

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import socket
 import stat
+import sys
 from collections.abc import Callable
+from contextlib import suppress
 from errno import EBADF, EINVAL, EIO, EMFILE, ENOMEM, ENOSYS, EPERM, EROFS
 from struct import Struct
 from struct import error as StructError
@@ -15,6 +17,8 @@ from posada.vmm.folder.abi import Op, attributes
 from posada.vmm.folder.tree import Tree, component
 
 MAX_HANDLES = 4000
+MAX_TWINS = 1024
+"""Servers of forked guests that one may have beside it."""
 MAX_LISTED = 64 << 20
 """Bytes of the names of all open directories: they are read once, when they are opened."""
 CACHE_SECONDS = 1
@@ -57,6 +61,7 @@ class Server:
         self._handles: dict[int, tuple[int, list[bytes]]] = {}
         self._next_handle = 1
         self._listed = 0
+        self._twins = 0
         self._owns = os.geteuid() == 0
         self._calls: dict[int, Callable[[Request], bytes]] = {
             Op.LOOKUP: lambda r: self._entry(r.node, r.name()), Op.GETATTR: self._getattr, Op.SETATTR: self._setattr,
@@ -69,13 +74,37 @@ class Server:
         }  # fmt: skip
 
     def run(self) -> None:
-        """Until the monitor hangs up."""
+        """Until the monitor hangs up. A message with a descriptor is not the guest's: see `_fork`."""
         buffer = memoryview(bytearray(_MESSAGE))
-        while size := self._sock.recv_into(buffer):
-            if size >= abi.IN_HEADER.size:
+        room = socket.CMSG_SPACE(4)
+        while True:
+            size, ancillary, _, _ = self._sock.recvmsg_into([buffer], room, socket.MSG_CMSG_CLOEXEC)
+            if not size:
+                return
+            if ancillary:
+                self._fork(int.from_bytes(ancillary[0][2][:4], sys.byteorder))
+            elif size >= abi.IN_HEADER.size:
                 reply = self.handle(buffer[:size])
                 if reply is not None:
                     self._sock.sendall(reply)
+
+    def _fork(self, fd: int) -> None:
+        """The guest was forked: so are we, for the new one, which speaks to us by the socket ``fd``. All that is open in
+        the one is open in the other. What cannot be forked does not serve: the new guest's requests fail."""
+        with suppress(ChildProcessError):
+            while self._twins and os.waitpid(-1, os.WNOHANG)[0]:
+                self._twins -= 1
+        pid = -1
+        if self._twins < MAX_TWINS:
+            with suppress(OSError):  # no more processes
+                pid = os.fork()
+        if pid:
+            self._twins += pid > 0
+            os.close(fd)
+        else:
+            self._sock.close()
+            self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, fd)
+            self._twins = 0
 
     def handle(self, message: memoryview) -> bytes | None:
         """The answer to a message of at least a header; None where there is none."""

@@ -95,15 +95,20 @@ def common() -> list[Rule]:
     return [*hot, *memory, *asked, *plain, *deadly]
 
 
-def main_thread() -> bytes:
-    """The loop's thread: it also serves sockets, starts vcpu threads, and forks."""
-    fork = [
+def forking() -> list[Rule]:
+    """For who may fork, and start threads: what `common` leaves is refused without them."""
+    return [
         Rule(_CLONE, tests=(Argument(0, 0, _CLONE_NAMESPACES),)),
         Rule(_CLONE, KILL),
         # Its flags lie in memory, where no filter sees them. Told that there is none, the C library takes clone(2).
         Rule(_CLONE3, bpf.errno(errno.ENOSYS)),
     ]
-    return bpf.assemble([*common(), *(Rule(number) for number in LOOP.values()), *fork], bpf.errno(errno.EPERM))
+
+
+def main_thread() -> bytes:
+    """The loop's thread: it also serves sockets, starts vcpu threads, and forks."""
+    loop = [Rule(number) for number in LOOP.values()]
+    return bpf.assemble([*common(), *loop, *forking()], bpf.errno(errno.EPERM))
 
 
 def vcpu_thread() -> bytes:

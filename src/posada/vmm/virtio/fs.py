@@ -7,12 +7,13 @@ straight from and into guest memory. Requests are answered in their order.
 
 from __future__ import annotations
 
+import os
 import select
 import socket
 import sys
 from collections import deque
 from collections.abc import Mapping
-from errno import EIO
+from errno import EIO, EPIPE
 from struct import Struct
 from typing import Any
 
@@ -93,9 +94,22 @@ class Fs(Device):
                 return
             self._answer(0)
 
+    def fork_server(self, fd: int) -> None:
+        """The guest is forked: its server forks too, and its twin serves the new guest on ``fd``, with all that is open.
+
+        After `quiesce`, before the guest asks anything more. Raises OSError: there is no server.
+        """
+        if self._sock is None:
+            raise BrokenPipeError(EPIPE, "the folder's server is gone")
+        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, fd.to_bytes(4, sys.byteorder))]
+        self._sock.sendmsg([b"\0"], rights, _FLAGS)
+
     def reopen(self, given: Mapping[str, Any]) -> None:
-        """``given``: "fd" of a server, or nothing: then every request fails (EIO). What was open is stale either way."""
+        """``given``: "fd" to a server that knows what the guest has open (and "server", its end, which is not ours); or
+        nothing: then every request fails (EIO)."""
         self.close()
+        if given.get("server", -1) >= 0:
+            os.close(given["server"])
         self._open(given.get("fd", -1))
         if self.active:
             self._watch()
