@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import select
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -66,6 +67,15 @@ async def test_a_start_that_fails_leaves_no_server(inn: Inn, shared: tuple[Path,
     assert all(map(_ends, servers(one)))
 
 
+@pytest.mark.parametrize("after", [0.0, 0.02, 0.05, 0.1])
+async def test_a_cancelled_start_leaves_no_server(inn: Inn, shared: tuple[Path, Path], after: float) -> None:
+    starting = asyncio.ensure_future(inn.engine.start(inn.launch(folders=[f"{each}:/{each.name}" for each in shared])))
+    asyncio.get_running_loop().call_later(after, starting.cancel)
+    with pytest.raises(asyncio.CancelledError):
+        await starting
+    assert all(_ends(pid) for folder in shared for pid in servers(folder))
+
+
 def _ends(pid: int) -> bool:
     try:
         end = os.pidfd_open(pid)
@@ -98,9 +108,10 @@ async def test_forks_have_servers_of_their_own(inn: Inn, shared: tuple[Path, Pat
 
 async def until(condition: Callable[[], bool]) -> None:
     """What other processes do by themselves."""
-    async with asyncio.timeout(10):
-        while not condition():
-            await asyncio.sleep(0.01)
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come true"
+        await asyncio.sleep(0.01)
 
 
 async def test_what_cannot_follow_is_refused_in_words(inn: Inn, shared: tuple[Path, Path], tmp_path: Path) -> None:

@@ -2,8 +2,8 @@
 
 What a guest has open in a folder of the host (files, the numbers it knows them by) is known to the folder's server alone,
 and FUSE has no word for *begin anew*: a guest that came back to an earlier moment, or to life elsewhere, would speak to a
-server that never heard of it. So such a machine is not saved with its memory, reset or moved. It is forked: its servers are processes too, and fork with
-it (`fork_servers`).
+server that never heard of it. So such a machine is not saved with its memory, reset or moved. It is forked: its servers
+are processes too, and fork with it (`fork_servers`).
 """
 
 from __future__ import annotations

@@ -3,7 +3,8 @@
 Every file and socket is opened by us and inherited, or sent: ``fd`` is asked for each by role, and answers with the number
 under which the monitor will find it. The roles: ``kvm``, ``control``, ``exit``, ``kernel``, ``initrd``,
 ``disk:NAME:I:ro`` and ``disk:NAME:I:rw`` (file I of the disk's chain), ``nic:I``, ``folder:I``, ``server:I`` (its
-other end), ``agent``, ``vsock``, ``console``, ``log``, ``log.1``, ``starter``, ``lock``, ``status``, ``activity``, ``owner``, ``root``.
+other end), ``agent``, ``vsock``, ``console``, ``log``, ``log.1``, ``starter``, ``lock``, ``status``, ``activity``,
+``owner``, ``root``.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ import subprocess
 
 from posada.engine.base import Launch
 from posada.engine.common.bootstrap import python
-from posada.engine.common.uncut import in_thread
+from posada.engine.common.uncut import uncut
 from posada.errors import EngineError, HostError, Unsupported
 from posada.model.machine import FolderSpec
 
@@ -37,15 +37,22 @@ class Folders:
 
 
 async def serve(launch: Launch) -> Folders:
-    """A server for each folder of the launch. On failure nothing is left. Raises HostError, EngineError."""
+    """A server for each folder of the launch. On failure or cancellation nothing is left. Raises HostError, EngineError."""
     folders = Folders()
-    started = (in_thread(_start, folder) for folder in launch.spec.folders)
-    outcomes = await asyncio.gather(*started, return_exceptions=True)
-    folders.fds = [outcome for outcome in outcomes if isinstance(outcome, int)]
-    for outcome in outcomes:
-        if isinstance(outcome, BaseException):
-            folders.abandon()
-            raise outcome
+    folders.fds = [-1] * len(launch.spec.folders)
+
+    def start(index: int, folder: FolderSpec) -> None:
+        folders.fds[index] = _start(folder)
+
+    started = (asyncio.to_thread(start, *each) for each in enumerate(launch.spec.folders))
+    try:
+        failures = await uncut(asyncio.gather(*started, return_exceptions=True))
+        for failure in filter(None, failures):
+            raise failure
+    except BaseException:
+        folders.fds = [fd for fd in folders.fds if fd >= 0]
+        folders.abandon()
+        raise
     return folders
 
 
