@@ -71,6 +71,10 @@ def test_a_guest_without_agent(posada_cli: Posada, paths: Paths) -> None:
     assert states(posada_cli) == {}
     assert posada_cli("run", "-d", "--engine", "fake", "--name", "a", "mute:1").status == 0
     assert states(posada_cli) == {"a": "running"}
+    done = posada_cli("fork", "a", "b")
+    assert (done.status, "would share one identity" in done.err, "--same-identity" in done.err) == (1, True, True)
+    assert posada_cli("fork", "a", "b", "--same-identity").status == 0
+    assert states(posada_cli) == {"a": "running", "b": "running"}
 
 
 def test_run_passes_environment_user_directory_and_timeout(posada_cli: Posada, monkeypatch: pytest.MonkeyPatch) -> None:

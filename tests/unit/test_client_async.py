@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from client_home import DIGEST, IMAGE, paths
+from client_home import DIGEST, IMAGE, add_image, paths
 
 import posada as values
 from posada import aio as api
@@ -288,7 +288,9 @@ async def test_a_guest_that_dies_ends_what_waits_for_it() -> None:
 
 async def test_spawn(tmp_path: Path) -> None:
     async with api.run(IMAGE, engine="fake") as vm:
-        pid = await vm.spawn("sh", "-c", f"echo $A > {tmp_path}/new; mv {tmp_path}/new {tmp_path}/out; sleep 60", env={"A": "b"})
+        pid = await vm.spawn(
+            "sh", "-c", f"echo $A > {tmp_path}/new; mv {tmp_path}/new {tmp_path}/out; sleep 60", env={"A": "b"}
+        )
         assert pid > 0
         await vm.wait_for.command("test", "-e", f"{tmp_path}/out", timeout=10)
         assert (tmp_path / "out").read_text() == "b\n"
@@ -402,6 +404,21 @@ async def test_fork() -> None:
         (grandchild,) = await kids[0].fork()
         await grandchild.delete()
         assert vm.state is values.State.RUNNING
+    assert await names() == []
+
+
+async def test_fork_with_the_same_identity(paths: Paths) -> None:
+    add_image(paths, "mute:1", "1" * 64, agent=False)
+    async with api.run("mute:1", engine="fake") as vm:
+        with pytest.raises(values.Unsupported, match="would share one identity"):
+            await vm.fork()
+        assert await names() == [vm.name]
+        for kid in await vm.fork(2, same_identity=True):
+            async with kid:
+                assert kid.refresh().state is values.State.RUNNING
+    async with api.run(IMAGE, engine="fake") as vm:
+        async with (await vm.fork(same_identity=True))[0] as kid:
+            assert (await kid.exec("true")).ok, "nobody stopped the guest's processes"
     assert await names() == []
 
 
@@ -524,7 +541,13 @@ async def test_logs_have_the_newlines_of_text(paths: Paths) -> None:
 async def test_images() -> None:
     async with api.connect() as host:
         (image,) = await host.images.list()
-        assert (image.name, image.digest, image.names, image.agent, image.size) == (IMAGE, DIGEST, (IMAGE,), True, 1 << 20)
+        assert (image.name, image.digest, image.names, image.agent, image.size) == (
+            IMAGE,
+            DIGEST,
+            (IMAGE,),
+            True,
+            1 << 20,
+        )
         assert (await host.images.get(DIGEST[:8])).digest == DIGEST
         with pytest.raises(values.NotFound):
             await host.images.get("nothing:9")

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-from client_home import DIGEST, IMAGE, paths
+from client_home import DIGEST, IMAGE, add_image, paths
 
 import posada as values
 import posada as api
@@ -290,7 +290,9 @@ def test_a_guest_that_dies_ends_what_waits_for_it() -> None:
 
 def test_spawn(tmp_path: Path) -> None:
     with api.run(IMAGE, engine="fake") as vm:
-        pid = vm.spawn("sh", "-c", f"echo $A > {tmp_path}/new; mv {tmp_path}/new {tmp_path}/out; sleep 60", env={"A": "b"})
+        pid = vm.spawn(
+            "sh", "-c", f"echo $A > {tmp_path}/new; mv {tmp_path}/new {tmp_path}/out; sleep 60", env={"A": "b"}
+        )
         assert pid > 0
         vm.wait_for.command("test", "-e", f"{tmp_path}/out", timeout=10)
         assert (tmp_path / "out").read_text() == "b\n"
@@ -404,6 +406,21 @@ def test_fork() -> None:
         (grandchild,) = kids[0].fork()
         grandchild.delete()
         assert vm.state is values.State.RUNNING
+    assert names() == []
+
+
+def test_fork_with_the_same_identity(paths: Paths) -> None:
+    add_image(paths, "mute:1", "1" * 64, agent=False)
+    with api.run("mute:1", engine="fake") as vm:
+        with pytest.raises(values.Unsupported, match="would share one identity"):
+            vm.fork()
+        assert names() == [vm.name]
+        for kid in vm.fork(2, same_identity=True):
+            with kid:
+                assert kid.refresh().state is values.State.RUNNING
+    with api.run(IMAGE, engine="fake") as vm:
+        with (vm.fork(same_identity=True))[0] as kid:
+            assert (kid.exec("true")).ok, "nobody stopped the guest's processes"
     assert names() == []
 
 
@@ -526,7 +543,13 @@ def test_logs_have_the_newlines_of_text(paths: Paths) -> None:
 def test_images() -> None:
     with api.connect() as host:
         (image,) = host.images.list()
-        assert (image.name, image.digest, image.names, image.agent, image.size) == (IMAGE, DIGEST, (IMAGE,), True, 1 << 20)
+        assert (image.name, image.digest, image.names, image.agent, image.size) == (
+            IMAGE,
+            DIGEST,
+            (IMAGE,),
+            True,
+            1 << 20,
+        )
         assert (host.images.get(DIGEST[:8])).digest == DIGEST
         with pytest.raises(values.NotFound):
             host.images.get("nothing:9")

@@ -21,9 +21,22 @@ if TYPE_CHECKING:
 @click.option("-n", "--count", type=click.IntRange(1, 1000), default=1, show_default=True, help="How many.")
 @click.option("-s", "--snapshot", metavar="NAME", help="Fork this snapshot of it instead of the machine as it runs.")
 @click.option("--name", "names", multiple=True, metavar="NAME", help="Name of a fork. Repeatable.")
+@click.option(
+    "--same-identity",
+    is_flag=True,
+    help="Change nothing inside: same random numbers, names, keys, addresses. Needs no agent.",
+)
 @formatted
 @hosted
-async def fork(host: Host, vm: str, forks: tuple[str, ...], count: int, snapshot: str | None, names: tuple[str, ...]) -> int:
+async def fork(
+    host: Host,
+    vm: str,
+    forks: tuple[str, ...],
+    count: int,
+    snapshot: str | None,
+    names: tuple[str, ...],
+    same_identity: bool,
+) -> int:
     """Make new machines from a running one: memory shared, identity new. It goes on running.
 
     \b
@@ -49,7 +62,14 @@ async def fork(host: Host, vm: str, forks: tuple[str, ...], count: int, snapshot
     with Bar(f"forking {vm}") as bar:
         try:
             # The forks outlive this process, even those of an ephemeral machine of another one.
-            made = await source.fork(count, snapshot=snapshot, names=names or None, ephemeral=False, progress=bar)
+            made = await source.fork(
+                count,
+                snapshot=snapshot,
+                names=names or None,
+                ephemeral=False,
+                same_identity=same_identity,
+                progress=bar,
+            )
         except ForkError as error:
             failed, made = error, error.vms
     records = [child.record for child in made]

@@ -4,6 +4,7 @@ A fork in order::
 
     the intent, the children's records (names are taken, state ``starting``)
     the guest holds still          fork.prepare: no process of a child runs before it has its own identity
+                                   (not if it is asked for: ``same_identity``)
     the disks grow                 source and children each get an overlay on the layers as they stand
     the engine forks               memory, devices and disks of one instant
     the source goes on
@@ -15,7 +16,7 @@ from __future__ import annotations
 import asyncio
 import uuid
 from collections.abc import Sequence
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, nullcontext
 
 import msgspec
 
@@ -50,6 +51,7 @@ async def fork(
     snapshot: str | None,
     names: Sequence[str] | None,
     ephemeral: bool | None,
+    same_identity: bool,
     progress: Progress | None,
 ) -> list[VmRecord]:
     """See `posada.host.machines.Machines.fork`."""
@@ -65,16 +67,16 @@ async def fork(
             )
         can = house.engine(vm.engine).capabilities()
         can.require(Feature.FORK if point is None else Feature.FORK_SNAPSHOT)
-        if not house.has_agent(vm):
+        if not same_identity and not house.has_agent(vm):
             raise Unsupported(
                 vm.engine,
                 f"fork of {vm.name!r}: its guest has no posada agent, so its copies would share one identity",
-                hint="use an image that posada built, or clone it",
+                hint="use an image that posada built, or clone it; same_identity=True (--same-identity) if they shall",
             )
         mortal = vm.spec.ephemeral if ephemeral is None else ephemeral
         chosen = list(names) if names is not None else _names(house, n)
         children = [_child(house, vm, point, chosen[i], names is not None, mortal) for i in range(n)]
-        return await _fork_held(house, vm, point, children, progress)
+        return await _fork_held(house, vm, point, children, same_identity, progress)
 
 
 def _names(house: House, n: int) -> list[str]:
@@ -119,7 +121,12 @@ def _spec(spec: MachineSpec, name: str | None, ephemeral: bool) -> MachineSpec:
 
 
 async def _fork_held(
-    house: House, vm: VmRecord, point: SnapshotRecord | None, children: list[VmRecord], progress: Progress | None
+    house: House,
+    vm: VmRecord,
+    point: SnapshotRecord | None,
+    children: list[VmRecord],
+    same_identity: bool,
+    progress: Progress | None,
 ) -> list[VmRecord]:
     uuids = [child.uuid for child in children]
     async with AsyncExitStack() as stack:
@@ -139,12 +146,13 @@ async def _fork_held(
         for child in children:
             house.paths.disks(child.uuid).mkdir(mode=0o700, parents=True)
         if point is None:
-            children, outcomes, token = await _from_running(house, vm, children, op)
+            children, outcomes, token = await _from_running(house, vm, children, same_identity, op)
         else:
             children, outcomes, token = await _from_snapshot(house, point, children)
         faults.point("fork.forked")
+        ready_one = _as_it_is if same_identity else _ready
         readied = await asyncio.gather(
-            *(_ready(house, c, o, token, vm) for c, o in zip(children, outcomes, strict=True)), return_exceptions=True
+            *(ready_one(house, c, o, token) for c, o in zip(children, outcomes, strict=True)), return_exceptions=True
         )
         ready = [r for r in readied if isinstance(r, VmRecord)]
         failures = {i: r for i, r in enumerate(readied) if not isinstance(r, VmRecord)}
@@ -166,11 +174,12 @@ Outcomes = Sequence[Running | Exception]
 
 
 async def _from_running(
-    house: House, vm: VmRecord, children: list[VmRecord], op: Operation
+    house: House, vm: VmRecord, children: list[VmRecord], same_identity: bool, op: Operation
 ) -> tuple[list[VmRecord], Outcomes, bytes | None]:
     engine = house.engine(vm.engine)
     vm = await merge_deep(house, vm, op)
-    async with still(house, vm, op) as token, growing(house, vm) as growth:
+    held = nullcontext(b"") if same_identity else still(house, vm, op)
+    async with held as token, growing(house, vm) as growth:
         children = _overlays(house, growth.frozen, children)
         faults.point("fork.grown")
         launches = [build_launch(house, child, boot=False) for child in children]
@@ -206,9 +215,14 @@ def _overlays(house: House, frozen: Sequence[Disk], children: list[VmRecord]) ->
     return made
 
 
-async def _ready(
-    house: House, child: VmRecord, outcome: Running | Exception, token: bytes | None, source: VmRecord
-) -> VmRecord:
+async def _as_it_is(house: House, child: VmRecord, outcome: Running | Exception, token: bytes | None) -> VmRecord:
+    """Its guest is told nothing, and not asked whether it answers. Raises what went wrong."""
+    if isinstance(outcome, Exception):
+        raise outcome
+    return house.save(child, state=State.RUNNING, running=outcome)
+
+
+async def _ready(house: House, child: VmRecord, outcome: Running | Exception, token: bytes | None) -> VmRecord:
     """Make the machine that the engine started a machine of its own. Raises what went wrong."""
     if isinstance(outcome, Exception):
         raise outcome

@@ -257,17 +257,27 @@ class Machines:
         snapshot: str | None = None,
         names: Sequence[str] | None = None,
         ephemeral: bool | None = None,
+        same_identity: bool = False,
         progress: Progress | None = None,
     ) -> Vms:
         """``n`` new machines from a running one, or from a snapshot with memory: running, ready, with new identities.
 
+        ``same_identity``: no guest is stopped, told or asked anything, and none needs an agent; what copies that believe
+        to be one machine do to each other is the caller's to know (docs/hazards.md).
         Forwarded ports get free host ports. ``ephemeral`` None: as the source. Raises ForkError, whose ``.vms`` holds
         the survivors, when some children failed.
         """
         from posada.host import forking
 
         return await forking.fork(
-            self._house, ref, n, snapshot=snapshot, names=names, ephemeral=ephemeral, progress=progress
+            self._house,
+            ref,
+            n,
+            snapshot=snapshot,
+            names=names,
+            ephemeral=ephemeral,
+            same_identity=same_identity,
+            progress=progress,
         )
 
     async def clone(self, ref: str, *, name: str | None = None, snapshot: str | None = None) -> VmRecord:

@@ -109,9 +109,7 @@ class VM:
     def exec(self, *argv: str, stream: Literal[True], **options: Unpack[ExecOptions]) -> Pending[Process]: ...
 
     @pending
-    async def exec(
-        self, *argv: str, stream: bool = False, **options: Unpack[ExecOptions]
-    ) -> ExecResult | Process:
+    async def exec(self, *argv: str, stream: bool = False, **options: Unpack[ExecOptions]) -> ExecResult | Process:
         """Run a command in the guest; no shell is involved. The options are those of `ExecOptions`.
 
         Without ``stream`` it returns when the command has ended, with its output. With ``stream`` it returns at once,
@@ -134,9 +132,7 @@ class VM:
     def shell(self, script: str, *, stream: Literal[True], **options: Unpack[ExecOptions]) -> Pending[Process]: ...
 
     @pending
-    async def shell(
-        self, script: str, *, stream: bool = False, **options: Unpack[ExecOptions]
-    ) -> ExecResult | Process:
+    async def shell(self, script: str, *, stream: bool = False, **options: Unpack[ExecOptions]) -> ExecResult | Process:
         """Run a script with the guest's ``/bin/sh``. Otherwise as `exec`."""
         command = parse_command(shell_argv(script), stream=stream, **options)
         if stream:
@@ -256,19 +252,28 @@ class VM:
         snapshot: Snapshot | str | None = None,
         names: Sequence[str] | None = None,
         ephemeral: bool | None = None,
+        same_identity: bool = False,
         progress: Progress | None = None,
     ) -> list[VM]:
         """``n`` new machines from this running one (or from a snapshot of it), ready, in order.
 
         Memory and disks are shared copy-on-write; each child has a new identity, and this machine goes on. Forks of an
-        ephemeral machine are ephemeral unless ``ephemeral`` says otherwise. Raises ForkError when some children failed:
+        ephemeral machine are ephemeral unless ``ephemeral`` says otherwise. ``same_identity``: nothing is changed inside
+        the guest, so all copies have the same random numbers to come, hostname, machine-id, addresses, connections and
+        time; for guests without posada's agent there is no other way. Raises ForkError when some children failed:
         its ``.vms`` holds the survivors.
         """
         ref = snapshot if isinstance(snapshot, str) or snapshot is None else snapshot.id
         try:
             records = await self._rt.run(
                 self._vms.fork(
-                    self.uuid, n, snapshot=ref, names=names, ephemeral=ephemeral, progress=progress or quiet
+                    self.uuid,
+                    n,
+                    snapshot=ref,
+                    names=names,
+                    ephemeral=ephemeral,
+                    same_identity=same_identity,
+                    progress=progress or quiet,
                 )
             )
         except ForkError as error:
