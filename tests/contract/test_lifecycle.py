@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import signal
@@ -123,6 +124,17 @@ async def test_a_process_that_is_killed_from_outside(inn: Inn) -> None:
         await inn.vms.guest("one")
     await inn.vms.start("one")
     await inn.vms.wait_ready("one", timeout=120)
+
+
+async def test_a_command_whose_machine_dies_says_how(inn: Inn) -> None:
+    vm = await inn.machine()
+    assert vm.running is not None
+    guest = await inn.vms.guest("one")
+    command = asyncio.create_task(inn.vms.run("one", ["sleep", "1000"]))
+    await inn.until(lambda: guest.busy)
+    os.kill(vm.running.process.pid, signal.SIGKILL)
+    with pytest.raises(GuestGone, match=r"'one' ended: .*signal 9"):
+        await command
 
 
 async def test_waiting_for_a_dead_guest_says_how_it_died(inn: Inn) -> None:

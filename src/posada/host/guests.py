@@ -7,7 +7,7 @@ import contextlib
 import os
 from typing import TYPE_CHECKING
 
-from posada.errors import GuestGone, Unsupported
+from posada.errors import GuestGone, Timeout, Unsupported
 from posada.model.records import Running, VmRecord
 
 if TYPE_CHECKING:
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 #: Bytes of console that an error about a dead guest carries.
 TAIL = 2000
+#: Seconds for a machine to end after its channels closed.
+ENDING = 2.0
 
 
 class Guests:
@@ -74,6 +76,16 @@ class Guests:
         tail = console_tail(self._house.paths.log(vm.uuid))
         text = f"vm {vm.name!r} ended: {ended or 'its process is gone'}"
         return GuestGone(f"{text}; the console's last lines:\n{tail}" if tail else text, hint=f"posada logs {vm.name}")
+
+    async def explain(self, vm: VmRecord, error: GuestGone) -> GuestGone:
+        """``error``, or how the machine ended if that is why: its sockets close some time before it has ended."""
+        if vm.running is None:
+            return self.gone(vm, vm.exit) if vm.exit else error
+        try:
+            status = await self._house.engine(vm.engine).wait(vm.running, ENDING)
+        except Timeout:
+            return error
+        return self.gone(vm, status.ended)
 
     async def drop(self, uuid: str) -> None:
         """Close the connection, if there is one."""

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from posada.engine.base import Inspection, Usage
-from posada.errors import NotFound
+from posada.errors import GuestGone, NotFound
 from posada.host.house import House
 from posada.host.process import alive
 from posada.model.capabilities import Feature
@@ -211,8 +211,15 @@ class Machines:
         return await (await self.guest(ref)).exec(argv, **options)
 
     async def run(self, ref: str, argv: Sequence[str], **options: Any) -> ExecResult:
-        """Run a command to its end; see `posada.guest.client.GuestClient.run` for the options."""
-        return await (await self.guest(ref)).run(argv, **options)
+        """Run a command to its end; see `posada.guest.client.GuestClient.run` for the options.
+
+        Raises GuestGone, with how the machine ended and its console's last lines, if it does meanwhile.
+        """
+        guest = await self.guest(ref)
+        try:
+            return await guest.run(argv, **options)
+        except GuestGone as error:
+            raise await self._house.guests.explain(self._house.find(ref), error) from error
 
     # points in time, and copies: snapshots.py, forking.py
 
