@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Protocol
-
 from posada.errors import PosadaError
 from posada.kvm.cpustructs import CONTROL, GENERAL, SEGMENTS, Sregs
+from posada.kvm.paging import Readable, translate
 from posada.kvm.vcpu import Vcpu
 
 BEFORE, AFTER = 16, 32
 """How many bytes around RIP are shown."""
-
-
-class Readable(Protocol):
-    """Guest memory, as far as a report needs it."""
-
-    def read(self, gpa: int, length: int, /) -> bytes: ...
 
 
 def report(vcpu: Vcpu, memory: Readable) -> str:
@@ -55,7 +48,7 @@ def read_linear(vcpu: Vcpu, memory: Readable, linear: int, length: int) -> bytes
         at = (linear + len(out)) & 0xFFFF_FFFF_FFFF_FFFF
         part = min(length - len(out), 4096 - at % 4096)
         try:
-            physical = vcpu.translate(at)
+            physical = translate(vcpu, memory, at)
             if physical is None:
                 break
             out += memory.read(physical, part)

@@ -14,7 +14,8 @@ from typing import Protocol
 
 from posada.kvm.exits import DebugExit, ExitData, InternalError
 from posada.kvm.numbers import GuestDebug
-from posada.kvm.report import Readable, read_linear, registers
+from posada.kvm.paging import Readable, translate
+from posada.kvm.report import read_linear, registers
 from posada.kvm.vcpu import Vcpu
 from posada.vmm.gdb.layout import REGISTERS, SIZE, State
 from posada.vmm.vcpu import Vcpus, VcpuThread, Wanted
@@ -237,7 +238,7 @@ class Target:
         return self._vcpus.threads[thread].vcpu
 
     def _translate(self, thread: int, address: int) -> int:
-        physical = self._vcpu(thread).translate(address & (1 << 64) - 1)
+        physical = translate(self._vcpu(thread), self._memory, address)
         if physical is None:
             raise TargetError(f"nothing is mapped at {address:#x}")
         return physical
