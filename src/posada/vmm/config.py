@@ -237,7 +237,9 @@ class MonitorConfig:
         def at(fd: int) -> int:
             return take(fd) if fd >= 0 else -1
 
-        console, life, vsock = self.console, self.life, self.vsock
+        console, life, vsock, restore = self.console, self.life, self.vsock, self.restore
+        if restore is not None:
+            restore = replace(restore, devices=at(restore.devices), memory=tuple(map(at, restore.memory)))
         if vsock is not None:
             doors = tuple((port, at(fd)) for port, fd in vsock.listeners)
             vsock = replace(vsock, listeners=doors, connect=at(vsock.connect))
@@ -263,6 +265,7 @@ class MonitorConfig:
                 owner=at(life.owner),
             ),
             jail=replace(self.jail, root=at(self.jail.root)),
+            restore=restore,
         )
 
     def close(self) -> None:

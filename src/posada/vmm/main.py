@@ -1,8 +1,8 @@
 """The monitor's process: ``python -I -S main.py FD``, where FD holds the machine's `MonitorConfig` as CBOR.
 
-Given a starter (`posada.vmm.life`), it leaves its parent behind and answers on that socket. Exit status: 0 when the
-machine ran, 1 when it could not be made (the reason is on stderr and with the starter), 2 for a misuse. How the machine
-ended is in the exit record.
+Engines start it by way of `posada.vmm.nursery`. Given a starter (`posada.vmm.life`), it answers on that socket. Exit
+status: 0 when the machine ran, 1 when it could not be made (the reason is on stderr and with the starter), 2 for a misuse.
+How the machine ended is in the exit record.
 """
 
 from __future__ import annotations
@@ -37,12 +37,31 @@ def main(argv: list[str]) -> int:
     """Run one machine until it ends."""
     if len(argv) != 2 or not argv[1].isdecimal():
         return _complain("usage: main.py FD", 2)
-    starter = -1
     try:
         config = read_config(int(argv[1]))
-        starter = config.life.starter
+    except (PosadaError, OSError, cbor.CborError) as error:
+        return _complain(f"cannot make the machine: {error}", 1)
+    return live_as(config)
+
+
+def born(fd: int, given: list[int]) -> int:
+    """In a process that the nursery has forked (`posada.vmm.nursery`): the document in ``fd``, and what it speaks of."""
+    try:
+        with os.fdopen(fd, "rb") as file:
+            document = cbor.decode_map(file.read(MAX_CONFIG + 1))
+        place = dict(zip(document["fds"], given, strict=True))
+        config = MonitorConfig.from_dict(document["config"]).relocated(place.__getitem__)
+    except (PosadaError, OSError, cbor.CborError, LookupError, TypeError, ValueError) as error:
+        return _complain(f"cannot make the machine: {error}", 1)
+    return live_as(config)
+
+
+def live_as(config: MonitorConfig) -> int:
+    """Make the machine and run it to its end. Returns the exit status."""
+    starter = config.life.starter
+    try:
         if starter >= 0:
-            process.daemonize()
+            process.detach()
             process.announce(starter)
         incoming = Incoming(config.incoming) if config.incoming >= 0 else None
         machine = incoming.receive(config) if incoming else make(config)

@@ -18,10 +18,8 @@ from posada.vmm.control import described
 from posada.vmm.life import Life
 
 
-def daemonize() -> None:
-    """Become nobody's child and no terminal's. Before any thread is started."""
-    if os.fork():
-        os._exit(0)
+def detach() -> None:
+    """Be no terminal's, and in nobody's way."""
     os.setsid()
     os.chdir("/")
     os.umask(0o077)

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from posada.engine.base import DiskFile, Launch
-from posada.engine.kvm import folders
+from posada.engine.kvm import folders, net
 from posada.errors import EngineError, Unsupported
 from posada.proto.frames import VSOCK_PORT
 from posada.vmm.config import (
@@ -143,7 +143,7 @@ def _machine(launch: Launch, fd: Descriptor, cid: int, uid: int | None, shape: S
         generation_id=launch.generation_id,
         disks=tuple(disk_config(disk, fd, shape.inserted.get(disk.name, -1)) for disk in launch.disks),
         bays=shape.bays,
-        nics=tuple(NicConfig(mac, NicKind.PASST, fd(f"nic:{i}")) for i, mac in enumerate(launch.macs)),
+        nics=tuple(NicConfig(mac, NicKind.PASST, fd(f"nic:{i}"), net.MTU) for i, mac in enumerate(launch.macs)),
         folders=tuple(FolderConfig(f"folder{i}", fd(f"folder:{i}")) for i in range(len(spec.folders))),
         vsock=VsockConfig(cid, ((VSOCK_PORT, fd("agent")),) if launch.agent else (), fd("vsock")),
         console=ConsoleConfig(fd("console"), fd("log"), fd("log.1")),

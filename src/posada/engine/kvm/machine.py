@@ -18,7 +18,7 @@ from posada.engine.base import Launch, Status
 from posada.engine.common import cgroups, process
 from posada.engine.common.identity import jail_uid
 from posada.engine.common.running import new_cid, read_running, write_running
-from posada.engine.kvm import config, folders, net, stack
+from posada.engine.kvm import config, folders, net, spawn, stack
 from posada.engine.kvm.files import Descriptors, clear
 from posada.engine.kvm.spawn import Newborn, confined, inherit, limits
 from posada.errors import EngineError, EngineGone, Unsupported
@@ -50,6 +50,7 @@ def check(launch: Launch) -> None:
 async def start(launch: Launch) -> Running:
     """From power-on. See `Runner.start`."""
     check(launch)
+    spawn.prepare()
     async with contextlib.AsyncExitStack() as undo:
         network = await net.connect(launch)
         undo.push_async_callback(network.abandon)

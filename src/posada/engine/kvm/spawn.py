@@ -1,4 +1,4 @@
-"""Start a monitor: a bare Python in a process of its own, which is nobody's child when it answers.
+"""Start a monitor: a process of its own, forked by a bare Python that is nobody's child (`posada.vmm.nursery`).
 
 On the connection that it is given (``starter``) it says ``pid N``, then ``ok N`` or ``error KIND TEXT``, one line each, and
 waits for the byte ``c`` (commit). If our end closes before that, we have died or given up, and it ends.
@@ -12,6 +12,8 @@ import os
 import signal
 import socket
 import subprocess
+import threading
+from collections.abc import Sequence
 from pathlib import Path
 
 from posada.engine.base import Launch
@@ -20,13 +22,14 @@ from posada.engine.common.bootstrap import python
 from posada.engine.common.uncut import in_thread
 from posada.engine.kvm.control import error_of
 from posada.engine.kvm.files import Descriptors
-from posada.errors import EngineError, EngineGone, PosadaError
+from posada.errors import EngineError, EngineGone, HostError, PosadaError
 from posada.model.records import Process
 from posada.model.units import MIB
 from posada.proto import cbor
 from posada.proto.monitor import Failure
 from posada.runtime.owner import COMMIT
 from posada.vmm.config import MonitorConfig
+from posada.vmm.nursery import GO, MAX_FDS, MORE
 
 #: Seconds for a monitor to start its machine; it takes 0.2 s, of which Python is half.
 START_TIMEOUT = 30.0
@@ -123,28 +126,78 @@ def _find(pid: int) -> Process | None:
         return None
 
 
+class _Nursery:
+    """The process that forks our monitors (`posada.vmm.nursery`). Raises HostError when there is no Python to run."""
+
+    def __init__(self) -> None:
+        self._pid = os.getpid()
+        self._sock, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        null = subprocess.DEVNULL
+        # The shell is our child, and gone at once; the nursery is init's.
+        command = ["/bin/sh", "-c", '"$@" &', "sh", *python("posada.vmm.nursery"), str(theirs.fileno())]
+        with theirs:
+            subprocess.run(
+                command,
+                stdin=null,
+                stdout=null,
+                stderr=null,
+                pass_fds=(theirs.fileno(),),
+                cwd="/",
+                env={"MALLOC_ARENA_MAX": "2"},
+                check=False,
+            )
+
+    @property
+    def ours(self) -> bool:
+        """Not that of a process that has forked us: requests of two would mix."""
+        return self._pid == os.getpid()
+
+    def ask(self, fds: Sequence[int]) -> None:
+        """Raises OSError when it is gone."""
+        packets = [fds[at : at + MAX_FDS] for at in range(0, len(fds), MAX_FDS)]
+        for number, packet in enumerate(packets, 1):
+            socket.send_fds(self._sock, [GO if number == len(packets) else MORE], packet, socket.MSG_NOSIGNAL)
+
+    def close(self) -> None:
+        """It ends by itself."""
+        self._sock.close()
+
+
+_nursery: _Nursery | None = None
+_turn = threading.Lock()
+
+
+def prepare() -> None:
+    """Have a nursery; it comes up while the caller opens what the machine is to have. Raises HostError."""
+    global _nursery  # one per process
+    with _turn:
+        if _nursery is None or not _nursery.ours:
+            _nursery = _Nursery()
+
+
 def inherit(config: MonitorConfig, files: Descriptors) -> Newborn:
-    """Start a monitor that inherits what ``files`` opened. Raises HostError when there is no Python to run."""
+    """Start a monitor that is given what ``files`` opened. Raises HostError when there is no Python to run."""
+    global _nursery
     document = os.memfd_create("posada-config", os.MFD_CLOEXEC)
     try:
-        os.write(document, cbor.encode(config.to_dict()))
+        os.write(document, cbor.encode({"config": config.to_dict(), "fds": files.given}))
         os.lseek(document, 0, os.SEEK_SET)
-        null = subprocess.DEVNULL
-        # Not asyncio's: it is nobody's child once it has forked, and Popen returns after 1 ms.
-        starter = subprocess.Popen(
-            [*python("posada.vmm.main", "sys.exit(main(sys.argv))"), str(document)],
-            stdin=null,
-            stdout=null,
-            stderr=null,
-            pass_fds=(document, *files.given),
-            cwd="/",
-            env={"MALLOC_ARENA_MAX": "2"},
-        )
+        for last in (False, True):
+            prepare()
+            with _turn:
+                try:
+                    if _nursery is not None:
+                        _nursery.ask([document, *files.given])
+                    break
+                except OSError as error:
+                    if last or _nursery is None:
+                        raise HostError(f"cannot start a monitor: {error.strerror}") from error
+                    _nursery.close()  # somebody has ended it
+                    _nursery = None
     finally:
         os.close(document)
     newborn = Newborn(files.connection())
     files.close()  # its ends of what is ours too must be open nowhere else
-    starter.wait()  # it forks before it does anything else
     return newborn
 
 

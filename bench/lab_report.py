@@ -1,0 +1,102 @@
+"""docs/BENCH-LAB.md, from what `bench.lab` has kept."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from bench.series import percentile, written
+
+#: Who is compared with the kvm engine, and what the columns are called.
+PEERS = {"microvm": "QEMU, microvm", "pc": "QEMU, pc with PCI", "engine": "posada's qemu engine"}
+
+
+@dataclass(frozen=True)
+class Line:
+    """One figure. ``reach``: bound on kvm divided by ``against`` (of several, the best); from above for times, from below
+    for rates. No ``against``: reported only.
+    """
+
+    part: str
+    key: str
+    what: str
+    unit: str
+    reach: float
+    against: tuple[str, ...]
+    more_is_better: bool = True
+
+    def ratio(self, values: Mapping[str, list[float]]) -> tuple[float, str]:
+        """By medians, to the best of the peers; and who that is."""
+        medians = {who: percentile(values[who], "p50") for who in self.against}
+        best = (max if self.more_is_better else min)(medians, key=lambda who: medians[who])
+        return percentile(values["kvm"], "p50") / medians[best], best
+
+    def reached(self, ratio: float) -> bool:
+        return ratio >= self.reach if self.more_is_better else ratio <= self.reach
+
+
+VIRTIO = ("microvm", "pc")
+LINES = (
+    Line("boot", "boot", "boot of one kernel and initramfs to the agent's answer", "ms", 1.0, ("microvm",), False),
+    Line("fork", "fork", "fork of a running Debian guest → verified reply", "ms", 0.2, ("engine",), False),
+    Line("blk", "random1", "virtio-blk, 4 KiB random reads, one at a time", "/s", 0.7, VIRTIO),
+    Line("blk", "random8", "the same, eight at a time", "/s", 0.7, VIRTIO),
+    Line("blk", "stream", "virtio-blk, 1 MiB reads in order", "MiB/s", 0.95, VIRTIO),
+    Line("net", "send", "virtio-net, TCP stream out of the guest, passt", "MiB/s", 0.95, VIRTIO),
+    Line("net", "receive", "virtio-net, TCP stream into the guest, passt", "MiB/s", 0.95, VIRTIO),
+    Line("net", "send1500", "the same out at an MTU of 1500", "MiB/s", 0.95, VIRTIO),
+    Line("net", "receive1500", "the same in at an MTU of 1500", "MiB/s", 0.95, VIRTIO),
+    Line("compute", "loop", "a loop in the guest's user space", "M turns/s", 0.99, VIRTIO),
+)
+
+
+def table(kept: Mapping[str, Any]) -> list[str]:
+    columns = ["figure", "kvm engine", *PEERS.values(), "kvm ÷ the best", "reach", "verdict"]
+    lines = ["| " + " | ".join(columns) + " |", "| " + " | ".join("---" for _ in columns) + " |"]
+    for line in LINES:
+        values = kept.get(line.part, {}).get("values", {}).get(line.key)
+        if values is None:
+            continue
+        cells = [line.what, *(_cell(values.get(who), line.unit) for who in ("kvm", *PEERS))]
+        ratio, _ = line.ratio(values)
+        sign = "≥" if line.more_is_better else "≤"
+        cells += [f"{ratio:.2f}", f"{sign} {line.reach:g}", "reached" if line.reached(ratio) else "MISSED"]
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def _cell(values: list[float] | None, unit: str) -> str:
+    if not values:
+        return ""
+    low, high = min(values), max(values)
+    return f"{written(percentile(values, 'p50'), unit)} ({written(low, unit)} – {written(high, unit)})"
+
+
+def markdown(kept: Mapping[str, Any]) -> str:
+    return "\n".join([*HEAD, *table(kept), "", *_taken(kept), "", *HOW]) + "\n"
+
+
+def _taken(kept: Mapping[str, Any]) -> list[str]:
+    lines = ["| part | taken | on | load before | runs | boots repeated |", "| --- | --- | --- | --- | --- | --- |"]
+    for part, found in kept.items():
+        facts = found["facts"]
+        runs = max((len(v) for who in found["values"].values() for v in who.values()), default=0)
+        died = ", ".join(f"{who} {count}" for who, count in found["died"].items()) or "none"
+        machine = f"{facts['processor']}, {facts['memory']}, {facts['system']}, {facts['qemu']}"
+        lines.append(f"| {part} | {facts['taken']} | {machine} | {facts['load']} | {runs} | {died} |")
+    return lines
+
+
+HEAD = [
+    "# Figures of the kvm engine on stock kernels",
+    "",
+    "Written by `make bench-lab`; do not edit. Taken in the lab (ADR 11): Debian 12 with its own `kvm_amd` in a machine whose",
+    "processor QEMU emulates. The ratios count; the times are those of an emulated machine. Medians (least – most).",
+    "",
+]
+
+HOW = [
+    "## How",
+    "",
+]
