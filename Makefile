@@ -4,7 +4,7 @@ PY := .venv/bin/python
 # What a run keeps for the next one: images, mostly. Safe to delete.
 CACHE := .cache
 
-.PHONY: demo test unit e2e lab lab-kvm lint format bench docs clean help
+.PHONY: demo test unit e2e lab lab-kvm lint format bench bench-lab docs clean help
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z0-9-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST)
@@ -44,6 +44,10 @@ format:  ## apply the style
 bench:  ## measure, beside the peers that are installed, into docs/BENCH.md (BENCH_ARGS=--quick for a taste)
 	@scripts/bootstrap
 	$(PY) bench/run.py $(BENCH_ARGS)
+
+bench-lab:  ## the kvm engine beside QEMU with KVM, in the lab, into docs/BENCH-LAB.md; 15 minutes (BENCH_ARGS="--only boot" for a part)
+	@scripts/bootstrap dev
+	$(PY) bench/lab.py $(BENCH_ARGS)
 
 docs:  ## regenerate what is generated: the sync API, its reference, the command line's, the schema
 	@scripts/bootstrap dev

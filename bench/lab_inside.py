@@ -1,4 +1,4 @@
-"""The part of `bench.lab` that runs in the lab: posada's kvm engine beside QEMU with KVM. Prints JSON.
+"""The part of `bench.lab` that runs in the lab: posada's kvm engine beside QEMU with KVM. Prints JSON, a line for each value.
 
 ``python -m bench.lab_inside GUEST_IO RUNS PART``, where GUEST_IO is the compiled bench/guest_io.c.
 
@@ -23,7 +23,7 @@ from pathlib import Path
 import posada
 from bench import lab_guests as guests
 from bench.lab_guests import IMAGE, MEMORY, QUICK, Kit, Start
-from posada.engine.kvm import net
+from posada.engine.kvm import net, spawn
 from posada.engine.kvm.probe import SLOW
 from posada.errors import PosadaError
 
@@ -32,29 +32,24 @@ SECONDS = "2"
 #: Tries of a boot that dies: guests of the emulated lab do, now and then, whoever runs them.
 TRIES = 3
 
-Values = dict[str, dict[str, list[float]]]
-"""Figure → who → values."""
-
 
 def tell(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
 class Results:
-    """Run 0 warms caches, the lab's translations among them, and does not count."""
-
-    def __init__(self) -> None:
-        self.values: Values = {}
-        self.died: dict[str, int] = {}
+    """Each is a line of JSON as soon as it is there: a lab may die. Run 0 warms caches, the lab's translations among them,
+    and does not count.
+    """
 
     def add(self, run: int, key: str, who: str, value: float) -> None:
         tell(f"{key} {run}, {who}: {value:.1f}")
         if run:
-            self.values.setdefault(key, {}).setdefault(who, []).append(value)
+            print(json.dumps({"key": key, "who": who, "value": value}), flush=True)
 
     def death(self, who: str, error: PosadaError) -> None:
         tell(f"a guest of {who} died: {error}")
-        self.died[who] = self.died.get(who, 0) + 1
+        print(json.dumps({"died": who}), flush=True)
 
 
 @contextmanager
@@ -76,12 +71,19 @@ async def started(stack: AsyncExitStack, start: Start, kit: Kit, who: str, resul
 
 
 async def boots(kit: Kit, runs: int, results: Results) -> None:
-    makers = {"kvm": guests.posada_kvm, "microvm": guests.bare_microvm, "engine": guests.posada_qemu}
+    async def boot(who: str, start: Start) -> float:
+        async with AsyncExitStack() as stack:
+            return (await started(stack, start, kit, who, results)).took
+
     for run in range(runs + 1):
-        for who, start in makers.items():
-            async with AsyncExitStack() as stack:
-                guest = await started(stack, start, kit, who, results)
-                results.add(run, "boot", who, guest.took)
+        spawn.forget()
+        results.add(run, "first", "kvm", await boot("kvm", guests.posada_kvm))
+        results.add(run, "boot", "kvm", await boot("kvm", guests.posada_kvm))
+        microvm = await boot("microvm", guests.bare_microvm)
+        engine = await boot("engine", guests.posada_qemu)
+        for key in ("boot", "first"):
+            results.add(run, key, "microvm", microvm)
+            results.add(run, key, "engine", engine)
 
 
 Jobs = Mapping[str, tuple[str, ...]]
@@ -176,7 +178,6 @@ def main() -> None:
                 "compute": lambda: asyncio.run(compute(kit, program, runs, results)),
             }
             parts[part]()
-    print(json.dumps({"values": results.values, "died": results.died}))
 
 
 if __name__ == "__main__":

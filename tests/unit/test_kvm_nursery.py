@@ -70,14 +70,10 @@ async def test_machines_outlive_it_and_the_next_one_has_another(kit: Kit) -> Non
             assert await count(Path(second.runtime)) == 0
 
 
-async def test_it_ends_with_the_socket_of_who_has_it_and_its_machines_do_not(
-    kit: Kit, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(spawn, "_nursery", None)
+async def test_it_ends_when_it_is_let_go_of_and_its_machines_do_not(kit: Kit) -> None:
     async with running(kit) as first:
         nursery = process.find(parent(first.process.pid))
-        assert spawn._nursery is not None
-        spawn._nursery.close()
+        spawn.forget()
         await process.ended(nursery, 10)
         assert not process.alive(nursery)
         assert await count(Path(first.runtime), b"+") == 1
