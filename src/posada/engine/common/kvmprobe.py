@@ -32,11 +32,23 @@ KVM_EXIT_HLT = 5
 #: much where the processor is emulated itself, does not count; or for the last of these.
 ENOUGH = 0.02
 LOOPS = (100_000, 1_000_000, 10_000_000)
+#: Tries at most, and instructions per second that need no second one.
+TRIES, PLENTY = 5, 50e6
 ENTRY = 0x1000
 #: ``1: dec ecx; jnz 1b; hlt``
 CODE = b"\x49\x75\xfd\xf4"
 #: ``mov ecx, edi; 1: dec ecx; jnz 1b; ret``
 OWN_CODE = b"\x89\xf9\xff\xc9\x75\xfc\xc3"
+
+
+def best_rate(run: Callable[[int], None]) -> float:
+    """Of a few tries: one that was interrupted by others says nothing about the processor."""
+    best = 0.0
+    for _ in range(TRIES):
+        best = max(best, rate(run))
+        if best >= PLENTY:
+            break
+    return best
 
 
 def rate(run: Callable[[int], None]) -> float:
@@ -92,7 +104,7 @@ def measure() -> float:
         if reason != KVM_EXIT_HLT:
             raise RuntimeError(f"the guest left with exit reason {reason} instead of HLT")
 
-    return rate(count_down)
+    return best_rate(count_down)
 
 
 if __name__ == "__main__":
