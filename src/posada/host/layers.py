@@ -124,6 +124,8 @@ def grow(house: House, vm: VmRecord) -> Growth:
                 move(old, new)
                 stale.append(old)
             frozen.append(msgspec.structs.replace(below, path=house.paths.relative(new), frozen=True))
+    if not fresh:  # nothing to record, and nothing to wait for the disk for
+        return Growth(before=vm, vm=vm, frozen=vm.disks, switch=(), stale=())
     faults.point("layers.made")
     # Durable: the guest will write, and fsync, to files that only this names.
     with house.db.transaction(durable=True):

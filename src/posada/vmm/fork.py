@@ -36,7 +36,7 @@ from posada.vmm.replay import Replay
 from posada.vmm.vcpu import Wanted
 from posada.vmm.virtio.blk import Blk
 
-FIRST_RUN = 0.0005
+FIRST_RUN = 0.0003
 """Seconds that a child waits for its first vcpu's first exit before it goes on."""
 
 

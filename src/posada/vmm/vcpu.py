@@ -143,14 +143,16 @@ class VcpuThread:
         except KvmError as error:
             failed = error
         ran.release()
-        settled.acquire()
         try:
             if failed is not None:
                 raise failed
             self._begin()
             begun = True
+            settled.acquire()
             self._step(self.vcpu.reason if entered else _INTR)
         except Exception as error:
+            if not begun:
+                settled.acquire()
             self._decide(error)
         self._main(begun)
         while True:  # this thread is the process's first: if it returned, the process would end

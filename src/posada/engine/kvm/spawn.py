@@ -143,7 +143,8 @@ class _Nursery:
                 stderr=null,
                 pass_fds=(theirs.fileno(),),
                 cwd="/",
-                env={"MALLOC_ARENA_MAX": "2"},
+                # Libraries' functions are looked up now: not by each forked child, at a page fault or two for each.
+                env={"MALLOC_ARENA_MAX": "2", "LD_BIND_NOW": "1"},
                 check=False,
             )
 
