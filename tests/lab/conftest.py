@@ -1,6 +1,6 @@
 """Labs for tests. Outside: `lab`, a machine with a real ``/dev/kvm``. Inside (``inside/``): what runs in it.
 
-One lab is brought up by the first test that wants one, with the checkout in it, and each test gets a fork of that one.
+One lab is brought up by the first test that wants one, with the checkout in it. Each suite runs in a fork of that one.
 """
 
 from __future__ import annotations
@@ -8,10 +8,11 @@ from __future__ import annotations
 import contextlib
 import os
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import lab_kit
 import pytest
+from lab_suites import Runs, wanted
 
 INSIDE = "POSADA_LAB" in os.environ
 collect_ignore_glob = ["test_*.py"] if INSIDE else ["inside/*"]
@@ -54,11 +55,26 @@ def source(request: pytest.FixtureRequest) -> Iterator[Source]:
         yield found
 
 
-@pytest.fixture
-def lab(source: Source) -> Iterator[lab_kit.Lab]:
-    """A lab of the test's own. Skips, with the reason, on a computer that cannot have one.
+@pytest.fixture(scope="session")
+def runs(source: Source, request: pytest.FixtureRequest) -> Iterator[Runs | None]:
+    """All suites of this session. The first test's wait is for them all, so to say: each has its own limit of time."""
+    if not isinstance(source, lab_kit.Lab):
+        yield None
+        return
+    with contextlib.closing(Runs(source, wanted(request.session.items))) as found:
+        yield found
 
-    On one that can, and where it could not be made, one test fails with the reason, and the others are skipped.
+
+#: What suites in labs came to, for the end of the outer session's output.
+_summaries: list[str] = []
+
+
+@pytest.fixture
+def suite(source: Source, runs: Runs | None, request: pytest.FixtureRequest) -> Callable[[], None]:
+    """Waits for the test's suite (`lab_suites.runs`); the test fails with the inner reports of what failed there.
+
+    Skips, with the reason, on a computer that cannot have a lab. On one that can, and where it could not be made, one test
+    fails with the reason, and the others are skipped.
     """
     if isinstance(source, lab_kit.NoLab):
         pytest.skip(str(source))
@@ -67,20 +83,21 @@ def lab(source: Source) -> Iterator[lab_kit.Lab]:
             pytest.skip("there is no lab: an earlier test has failed with the reason")
         source.told = True
         pytest.fail(str(source), pytrace=False)
-    with source.fork() as mine:
-        yield mine
+    assert runs is not None
+    node, mine = request.node, runs
 
+    def wait() -> None:
+        try:
+            report = mine.result(node.nodeid)
+        except lab_kit.Overran as error:
+            pytest.fail(str(error), pytrace=False)
+        node.add_report_section("call", "in the lab", report.table())
+        _summaries.append(f"{node.name}: {report.summary()}")
+        problems = report.problems(may_skip=node.function.suite.may_skip)
+        if problems:
+            pytest.fail(problems, pytrace=False)
 
-#: What suites in labs came to, for the end of the outer session's output.
-_summaries: list[str] = []
-
-
-@pytest.fixture
-def suite(lab: lab_kit.Lab, request: pytest.FixtureRequest) -> Iterator[lab_kit.Suite]:
-    """Runs a suite in the test's lab; the test fails with the inner reports of what failed there."""
-    runner = lab_kit.Suite(lab)
-    yield runner
-    _summaries.extend(f"{request.node.name}: {line}" for line in runner.summaries)
+    return wait
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -21,7 +21,6 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import lab_parts as parts
-import pytest
 from lab_report import Report, read_junit
 
 import posada
@@ -88,6 +87,10 @@ class NoLab(Exception):
     """This computer cannot have a lab; the text says why."""
 
 
+class Overran(Exception):
+    """A suite took too long; the text is how far it came."""
+
+
 class Lab:
     """A running lab. `fork` gives another one just like it."""
 
@@ -113,9 +116,9 @@ class Lab:
         return result.stdout
 
     def pytest(self, *arguments: str, timeout: float, env: Mapping[str, str] | None = None) -> Report:
-        """Run a suite in the lab. Each inner test is printed; whether they passed is the report's to say.
+        """Run a suite in the lab. Whether its tests passed is the report's to say.
 
-        Raises posada.Timeout when the suite takes longer than ``timeout`` seconds, after printing how far it came.
+        Raises Overran when the suite takes longer than ``timeout`` seconds.
         """
         results = "/run/results.xml"
         argv = [
@@ -126,35 +129,13 @@ class Lab:
         script = f"exec {shlex.join(argv)} > /run/pytest.log 2>&1"
         try:
             result = self.vm.shell(script, cwd=TREE, env={**ENVIRONMENT, **(env or {})}, timeout=timeout)
-        except posada.Timeout:
-            print(self._log())
-            raise
+        except posada.Timeout as error:
+            raise Overran(f"{error}\n{self._log()}") from None
         found = read_junit(self.vm.files.read_bytes(results)) if self.vm.files.exists(results) else []
-        report = Report(found, exit_code=result.exit_code, output=self._log())
-        print(report.table())
-        return report
+        return Report(found, exit_code=result.exit_code, output=self._log())
 
     def _log(self) -> str:
         return self.vm.files.read_text("/run/pytest.log", errors="replace")
-
-
-class Suite:
-    """Runs suites in a lab. Called with pytest's arguments; fails the outer test with what failed inside."""
-
-    def __init__(self, lab: Lab) -> None:
-        self.lab = lab
-        self.summaries: list[str] = []
-
-    def __call__(
-        self, *arguments: str, timeout: float, env: Mapping[str, str] | None = None, may_skip: str | None = None
-    ) -> Report:
-        """``may_skip``: see `Report.problems`."""
-        report = self.lab.pytest(*arguments, timeout=timeout, env=env)
-        self.summaries.append(report.summary())
-        problems = report.problems(may_skip=may_skip)
-        if problems:
-            pytest.fail(problems, pytrace=False)
-        return report
 
 
 @contextlib.contextmanager

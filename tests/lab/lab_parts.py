@@ -30,6 +30,8 @@ TOOLS = {"mmdebstrap": "mmdebstrap", "apt-get": "apt", "dpkg-deb": "dpkg", "mke2
 PYTHON = "3.11"
 #: Debian 12 has glibc 2.36: wheels for an older one will do.
 PLATFORMS = ("manylinux2014_x86_64", "manylinux_2_17_x86_64", "manylinux_2_28_x86_64", "any")
+#: Modules that tests load into guests: the power button's driver, and what shows its key to programs.
+EXTRA = ("button", "evdev")
 #: Of the ``dev`` extra, what running tests takes; the linters stay outside.
 NOT_NEEDED = ("import-linter", "mypy", "ruff", "types-pyyaml")
 #: Of the checkout, what the inner suites take. Tests of the repository itself run outside.
@@ -107,10 +109,10 @@ def python_packages() -> Path:
 
 
 def kernels(suites: Sequence[str]) -> Path:
-    """A directory with ``SUITE/vmlinuz`` and ``SUITE/modules.tar`` (those of the boot): Debian's cloud kernels as they are
-    packaged. posada's images keep only the vmlinux inside. Ten seconds the first time.
+    """A directory with ``SUITE/vmlinuz``, ``SUITE/modules.tar`` (those of the boot) and ``SUITE/extra.tar`` (`EXTRA`):
+    Debian's cloud kernels as they are packaged. posada's images keep only the vmlinux inside. Ten seconds the first time.
     """
-    target = CACHE / f"kernels-{digest(suites, modules.BOOT)}"
+    target = CACHE / f"kernels-{digest(suites, modules.BOOT, EXTRA)}"
     if not target.exists():
         with making(target) as folder:
             for suite in suites:
@@ -147,6 +149,13 @@ def _kernel(suite: str, folder: Path) -> None:
         (version,) = (*tree.glob("lib/modules/*"), *tree.glob("usr/lib/modules/*"))
         files = {str(p.relative_to(version)): p.read_bytes for p in version.rglob("*.ko*")}
         (folder / "modules.tar").write_bytes(initrd.pack_modules(modules.boot_modules(files)))
+        extra = io.BytesIO()
+        with tarfile.open(fileobj=extra, mode="w") as tar:
+            for number, (module, elf) in enumerate(modules.boot_modules(files, wanted=EXTRA)):
+                member = tarfile.TarInfo(f"{number}-{module}")  # to be loaded in order of name
+                member.size = len(elf)
+                tar.addfile(member, io.BytesIO(elf))
+        (folder / "extra.tar").write_bytes(extra.getvalue())
 
 
 def data_disk(images: Sequence[Path], kernels: Path) -> Path:

@@ -1,47 +1,63 @@
-"""The kvm engine where ``/dev/kvm`` is real: in a lab (see lab_kit.py). Each test here runs a suite in there."""
+"""The kvm engine where ``/dev/kvm`` is real: in labs (see lab_kit.py). Each test here waits for a suite that runs in one.
+
+The suites begin in this order, several at once. The longest are first, so that none of them is the last to end.
+"""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 
 import pytest
-from lab_kit import Suite
 from lab_parts import ROOT
+from lab_suites import runs
 
 pytestmark = pytest.mark.timeout(1800)
+
+Suite = Callable[[], None]
 
 #: QEMU, as far as version 10, does not give a guest's guest its debug registers. Each test finds that out by itself.
 NO_BREAKPOINTS = "no hardware breakpoints for guests"
 
 
+@runs("tests/lab/inside/test_real_kvm.py", timeout=60)
 def test_hardware_runs_guests_in_the_lab(suite: Suite) -> None:
-    suite("tests/lab/inside/test_real_kvm.py", timeout=60)
-
-
-def test_kvm_on_the_kernels_own_terms(suite: Suite) -> None:
-    """The ioctl layer's tests, that run on any /dev/kvm, on one that is not emulated by its host."""
-    files = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("tests/unit/test_kvm_*.py"))
-    suite(*files, timeout=400, may_skip=NO_BREAKPOINTS)
-
-
-def test_debians_kernels_boot(suite: Suite) -> None:
-    suite("tests/lab/inside/test_boot.py", timeout=400)
-
-
-def test_debian_uses_its_devices(suite: Suite) -> None:
-    suite("tests/lab/inside/test_debian.py", timeout=400)
-
-
-def test_a_debian_kernel_is_debugged(suite: Suite) -> None:
-    suite("tests/lab/inside/test_debug.py", timeout=300, may_skip=NO_BREAKPOINTS)
-
-
-def test_debian_has_folders_of_the_host(suite: Suite) -> None:
-    suite("tests/lab/inside/test_folders.py", timeout=300)
+    suite()
 
 
 @pytest.mark.skipif(
     not os.environ.get("POSADA_LAB_CONTRACT"), reason="takes a quarter of an hour: POSADA_LAB_CONTRACT=1"
 )
+@runs("tests/contract", env={"POSADA_ENGINES": "kvm"}, timeout=1500)
 def test_the_contract_holds_on_the_kvm_engine(suite: Suite) -> None:
-    suite("tests/contract", env={"POSADA_ENGINES": "kvm"}, timeout=1500)
+    suite()
+
+
+@runs(
+    *sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("tests/unit/test_kvm_*.py")),
+    timeout=400,
+    may_skip=NO_BREAKPOINTS,
+)
+def test_kvm_on_the_kernels_own_terms(suite: Suite) -> None:
+    """The ioctl layer's tests, that run on any /dev/kvm, on one that is not emulated by its host."""
+    suite()
+
+
+@runs("tests/lab/inside/test_boot.py", timeout=400)
+def test_debians_kernels_boot(suite: Suite) -> None:
+    suite()
+
+
+@runs("tests/lab/inside/test_debian.py", timeout=400)
+def test_debian_uses_its_devices(suite: Suite) -> None:
+    suite()
+
+
+@runs("tests/lab/inside/test_debug.py", timeout=400, may_skip=NO_BREAKPOINTS)
+def test_a_debian_kernel_is_debugged(suite: Suite) -> None:
+    suite()
+
+
+@runs("tests/lab/inside/test_folders.py", timeout=300)
+def test_debian_has_folders_of_the_host(suite: Suite) -> None:
+    suite()

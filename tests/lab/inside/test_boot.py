@@ -12,12 +12,11 @@ from pathlib import Path
 
 import msgspec
 import pytest
+from debian_kit import KERNELS, SUITES, booted, impossible_flags
 
 import posada
 from posada.images import manifest
 
-KERNELS = Path(os.environ.get("POSADA_LAB", "/data"), "kernels")
-SUITES = {"debian:12": "bookworm", "debian:13": "trixie"}
 RELEASES = {"debian:12": "6.1.", "debian:13": "6.12."}
 #: What no kernel says of a machine that is right. ``Unhandled WRMSR`` and the like are the host's log, not the guest's.
 ALARMS = re.compile(r"WARNING:|BUG:|Oops|Call Trace|soft lockup|rcu.*stall|I/O error|ACPI.*Error", re.IGNORECASE)
@@ -56,34 +55,30 @@ def add_packaged(host: posada.Host, ref: str, suite: str) -> None:
     scratch.rename(scratch.with_name(manifest.digest_of(encoded)))
 
 
-def boot(host: posada.Host, image: str, cpus: int) -> posada.VM:
-    """A machine that is ready."""
-    # An emulated lab translates a guest's code anew for each address it is at, and pays dearly for mitigations.
-    append = {"append": "mitigations=off norandmaps"}
-    return host.run(image, engine="kvm", cpus=cpus, memory="256MiB", boot=append, timeout=120)
-
-
 @pytest.mark.parametrize("packaged", ["", "-bzimage"])
 @pytest.mark.parametrize("image", RELEASES)
 def test_a_kernel_boots(host: posada.Host, image: str, packaged: str) -> None:
-    with boot(host, image + packaged, 1) as vm:
+    with booted(image + packaged, cpus=1) as vm:
         assert vm.exec("uname", "-r", check=True).stdout.startswith(RELEASES[image])
         check(vm, 1)
-        vm.keep()
         vm.stop(timeout=60, force=False)
         assert vm.state is posada.State.STOPPED
-        vm.delete()
 
 
 @pytest.mark.parametrize("cpus", [2, 4, 8])
 @pytest.mark.parametrize("image", RELEASES)
 def test_processors_come_up_and_work(host: posada.Host, image: str, cpus: int) -> None:
-    with boot(host, image, cpus) as vm:
+    with booted(image, cpus=cpus) as vm:
         check(vm, cpus)
         # One job on each, that counts to a number: a processor that does not run does not finish.
         count = "i=0; while [ $i -lt 2000 ]; do i=$((i+1)); done; echo $i"
         jobs = "".join(f"taskset -c {n} sh -c '{count}' & " for n in range(cpus))
         assert vm.shell(f"{jobs} wait", check=True, timeout=120).stdout.split() == ["2000"] * cpus
+
+
+def test_a_broken_processor_is_told_from_a_broken_machine() -> None:
+    assert impossible_flags("RSP: 0018:ffffc900006dbb80 EFLAGS: 04bba2c2\nEFLAGS: 00000202") == ["04bba2c2"]
+    assert impossible_flags("EFLAGS: 00010246\nEFLAGS: 003f7fd7") == []
 
 
 def check(vm: posada.VM, cpus: int) -> None:
