@@ -173,6 +173,22 @@ def test_a_flush_under_way_is_waited_for_first(world: World) -> None:
     point.close()
 
 
+@pytest.mark.parametrize("world", ["raw"], indirect=True)
+def test_an_interrupt_that_was_raised_is_raised_again(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After the interrupt controllers' own state, which may be from before it came."""
+    world.driver.write(0, b"x" * 512)
+    transport = world.driver.transport
+    assert transport.interrupt_status, "the driver has not looked yet"
+    point, happened = world.point(), []
+    put_back = point._replay.put_back
+    monkeypatch.setattr(point._replay, "put_back", lambda: (happened.append("kvm"), put_back()))
+    monkeypatch.setattr(transport, "_interrupt", lambda: happened.append("interrupt"))
+    point.put_back()
+    assert happened == ["kvm", "interrupt"]
+    assert transport.pending, "and what may have been asked for is looked at"
+    point.close()
+
+
 def test_without_a_layer_it_is_refused(world: World) -> None:
     point = Point(world.machine, PageMap.open())
     point.put_back()
@@ -187,7 +203,9 @@ def _other_layer(world: World) -> None:
     world.blk.disk = overlay(world.blk.disk, world.layer())
 
 
-@pytest.mark.parametrize("change", [_other_layer, lambda world: world.blk.resize(2 * SIZE)], ids=["switched", "resized"])
+@pytest.mark.parametrize(
+    "change", [_other_layer, lambda world: world.blk.resize(2 * SIZE)], ids=["switched", "resized"]
+)
 def test_a_disk_that_is_another_one_is_refused(world: World, change: Callable[[World], object]) -> None:
     point = world.point()
     change(world)

@@ -126,16 +126,20 @@ class Point:
             disk.put_back()
         pages = self._dirty.collect()
         self._put_back_pages(pages)
+        # Before the devices: what they raise would be lost with the interrupt controllers' state.
+        self._replay.put_back()
         for name, slot in machine.slots.items():
-            before = self._devices[name]
-            if slot.transport.pending or slot.transport.save() != before:
-                slot.transport.load(before)
+            before, transport = self._devices[name], slot.transport
+            changed = transport.pending or transport.save() != before
+            if changed:
+                transport.load(before)
+            if changed or before["interrupt_status"]:
+                transport.kick()  # what it had raised may not have reached the controllers that were recorded
         if self._save_legacy() != self._legacy:
             serial, rtc, power = self._legacy
             machine.serial.load(serial)
             machine.rtc.load(rtc)
             machine.power.load(power)
-        self._replay.put_back()
         return len(pages)
 
     def close(self) -> None:
