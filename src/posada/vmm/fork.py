@@ -36,7 +36,7 @@ from posada.vmm.replay import Replay
 from posada.vmm.vcpu import Wanted
 from posada.vmm.virtio.blk import Blk
 
-FIRST_RUN = 0.0003
+FIRST_RUN = 0.0005
 """Seconds that a child waits for its first vcpu's first exit before it goes on."""
 
 
@@ -81,6 +81,9 @@ class Forker:
         # What a child needs at once, made beforehand.
         self._generation = machine.memory.view(layout.VMGENID, 16)
         self._ran, self._settled = _thread.allocate_lock(), _thread.allocate_lock()
+        self._unlock: Callable[[], object] = machine.loop.lock._release_save  # type: ignore[attr-defined]
+        """However often it is held."""
+        self._run_first = machine.vcpus.threads[0].run_here
         self._replay: Replay | None = None
 
     def fork(
@@ -144,9 +147,8 @@ class Forker:
     def _become(self, me: Child, others: Sequence[Child], forget: Callable[[], object]) -> None:
         """In a child: live, or die and say why. The guest runs at once; its accesses wait until the lock is let go."""
         try:
-            machine, replay = self._machine, self._replay
-            assert replay is not None
-            made = replay.play()
+            assert self._replay is not None
+            made = self._replay.play()
             if me.generation is not None:
                 self._generation[:] = me.generation
             if self._live is None:
@@ -154,10 +156,10 @@ class Forker:
                 self._adopt(me, others, forget)
                 return
             _thread.start_new_thread(self._loop, (me, others, forget, made, _thread.get_ident()))
-            machine.loop.lock._release_save()  # type: ignore[attr-defined]  # all of it: it is the new thread's
+            self._unlock()  # the lock is the new thread's
         except BaseException as error:
             _die(me, error)
-        machine.vcpus.threads[0].run_here(made[1], self._ran, self._settled)
+        self._run_first(made[1], self._ran, self._settled)
 
     def _loop(
         self, me: Child, others: Sequence[Child], forget: Callable[[], object], made: list[int], first: int

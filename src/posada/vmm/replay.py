@@ -180,7 +180,8 @@ class Replay:
             (int(Ioctl.SET_IDENTITY_MAP_ADDR), bytearray(layout.IDENTITY_MAP.to_bytes(8, "little"))),
         )
         self._cpus = tuple((v.id, c.tsc_khz, c.fresh) for v, c in zip(vcpus, self.cpus, strict=True))
-        self._plan: tuple[int, Plain, tuple[tuple[int, int, Plain], ...], Plain] = (-1, (), (), ())
+        self._plan: tuple[int, Plain, bool, bool, tuple[tuple[int, int, Plain], ...], Plain]
+        """All that `play` needs to know, in one place."""
 
     def record(self, clock: ClockData | None = None) -> None:
         """While all vcpus stand still, since when kvm-clock was ``clock``. Raises KvmError."""
@@ -189,7 +190,8 @@ class Replay:
         self.chips.record(self.vm, clock)
         regions = self.vm.slots.values()
         slots = plain(Request(Ioctl.SET_USER_MEMORY_REGION, _slot(region)) for region in regions)
-        self._plan = (self.system.fd, slots, self._cpus, self.chips.plain)
+        intel, irqchip = self.cpus[0].is_intel, self.vm.has_irqchip
+        self._plan = (self.system.fd, slots, intel, irqchip, self._cpus, self.chips.plain)
 
     def put_back(self) -> None:
         """What was recorded last, into the same vm. While all vcpus stand still. Raises KvmError."""
@@ -202,13 +204,13 @@ class Replay:
 
         They can run at once; `become` makes them ``vm`` and ``vcpus``. Raises KvmError.
         """
-        kvm, slots, cpus, chips = self._plan
+        kvm, slots, is_intel, has_irqchip, cpus, chips = self._plan
         vm = _number(kvm, _CREATE_VM)
         repeat(vm, slots)
-        if self.cpus[0].is_intel:  # AMD's half of KVM ignores both
+        if is_intel:  # AMD's half of KVM ignores both
             repeat(vm, self._identity_map)
             call_long(vm, Ioctl.SET_TSS_ADDR, layout.TSS)
-        if self.vm.has_irqchip:
+        if has_irqchip:
             _number(vm, _CREATE_IRQCHIP)
         made = [vm]
         for index, tsc_khz, fresh in cpus:
