@@ -23,7 +23,8 @@ waits for a vcpu to park waits on a Condition of that same lock, which gives the
 held: a vcpu that waits for the lock inside an access can always finish it.
 
 *fork(2).* Fork in the main thread while every vcpu is PARKED and the lock is held. In the child their threads do not
-exist; nobody else holds or waits for the lock; `after_fork` gives each object a thread again.
+exist; nobody else holds or waits for the lock; `after_fork` and `start` give each object a thread again. The first
+vcpu's may be the thread that forked (`VcpuThread.run_here`).
 """
 
 from __future__ import annotations
