@@ -101,16 +101,20 @@ async def in_guests(
             await client.run(["chmod", "755", "/root/guest_io"], check=True)
         for run in range(runs + 1):
             for key, job in jobs.items():
-                for who, client in clients.items():
+                for who, client in list(clients.items()):
                     try:
                         done = await client.run(["/root/guest_io", *job], check=True, timeout=30)
+                        results.add(run, key, who, float(done.stdout))
                     except PosadaError as error:
                         results.death(who, error)
-                        return  # the runs until now count
-                    results.add(run, key, who, float(done.stdout))
+                        del clients[who]
 
 
 VIRTIO: Mapping[str, Start] = {"kvm": guests.posada_kvm, "microvm": guests.bare_microvm, "pc": guests.bare_pc}
+
+
+#: Without microvm: at an MTU of 32 KiB its guest died in the first stream, and at 1,500 pc was the faster.
+NETWORKED: Mapping[str, Start] = {"kvm": guests.posada_kvm, "pc": guests.bare_pc}
 
 
 async def disks(kit: Kit, program: Path, runs: int, results: Results) -> None:
@@ -131,7 +135,7 @@ async def networks(kit: Kit, program: Path, runs: int, results: Results) -> None
         port = server.stdout.readline().strip()
         for mtu, suffix in ((net.MTU, ""), (1500, "1500")):
             jobs = {name + suffix: (name, "10.0.2.2", port, SECONDS) for name in ("send", "receive")}
-            await in_guests(replace(kit, mtu=mtu), VIRTIO, program, jobs, runs, results)
+            await in_guests(replace(kit, mtu=mtu), NETWORKED, program, jobs, runs, results)
     finally:
         server.kill()
         server.wait()
