@@ -113,8 +113,8 @@ HOW = """\
 - **virtio-blk**: `bench/guest_io.c` in the guest reads a raw, read-only disk of 96 MiB past the guest's page cache; the host has
   it in its own. QEMU: `-drive` with its defaults. microvm has virtio on MMIO like the kvm engine, pc has it on PCI.
 - **virtio-net**: one TCP stream between the guest and a C program on the lab's loopback, 2 s, counted until the receiver has
-  read all; the same passt with the same options in front of both monitors, `host_mtu` set for QEMU (pc). 32,768 bytes is the MTU that
-  guests of the kvm engine have.
+  read all; the same passt with the same options in front of both monitors, `host_mtu` set for QEMU (pc). 32,768 bytes is the MTU
+  that guests of the kvm engine have.
 - **Compute**: turns of an empty loop in 2 s.
 - A guest that dies while it boots is started again, and counted in the table above: guests of an emulated lab do, with any
   monitor.
