@@ -61,3 +61,8 @@ def test_a_debian_kernel_is_debugged(suite: Suite) -> None:
 @runs("tests/lab/inside/test_folders.py", timeout=300)
 def test_debian_has_folders_of_the_host(suite: Suite) -> None:
     suite()
+
+
+@runs("tests/lab/inside/test_migrate.py", timeout=300)
+def test_debian_moves_to_another_monitor(suite: Suite) -> None:
+    suite()
