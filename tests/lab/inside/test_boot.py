@@ -65,8 +65,7 @@ def test_a_kernel_boots(host: posada.Host, image: str, packaged: str) -> None:
         assert vm.state is posada.State.STOPPED
 
 
-@pytest.mark.parametrize("cpus", [2, 4, 8])
-@pytest.mark.parametrize("image", RELEASES)
+@pytest.mark.parametrize(("image", "cpus"), [("debian:12", 2), ("debian:12", 8), ("debian:13", 4), ("debian:13", 8)])
 def test_processors_come_up_and_work(host: posada.Host, image: str, cpus: int) -> None:
     with booted(image, cpus=cpus) as vm:
         check(vm, cpus)

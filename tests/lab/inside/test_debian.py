@@ -34,7 +34,7 @@ my $event; sysread(E, $event, 24) or die "read: $!"; print unpack("H*", $event);
 def test_the_power_button_is_a_key_to_the_guest(vm: posada.VM) -> None:
     load_modules(vm, SUITES[str(vm.spec.image)])
     (name,) = sh(vm, "grep -l '^Power Button' /sys/class/input/input*/name").split()
-    node = sh(vm, f"ls {name.removesuffix('/name')} | grep event").strip()
+    node = sh(vm, f"ls {name.removesuffix('/name')} | grep '^event'").strip()
     with vm.exec("perl", "-e", READ, f"/dev/input/{node}", stream=True, timeout=60) as reader:
         said = iter(reader)
         assert next(said).text == "ready\n"
