@@ -66,3 +66,8 @@ def test_debian_has_folders_of_the_host(suite: Suite) -> None:
 @runs("tests/lab/inside/test_migrate.py", timeout=300)
 def test_debian_moves_to_another_monitor(suite: Suite) -> None:
     suite()
+
+
+@runs("tests/lab/inside/test_reset.py", timeout=200)
+def test_debian_is_put_back_in_place(suite: Suite) -> None:
+    suite()
