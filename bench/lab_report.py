@@ -82,7 +82,8 @@ def _taken(kept: Mapping[str, Any]) -> list[str]:
     lines = ["| part | taken | on | load before | runs | guests that died |", "| --- | --- | --- | --- | --- | --- |"]
     for part, found in kept.items():
         facts = found["facts"]
-        runs = max((len(v) for who in found["values"].values() for v in who.values()), default=0)
+        counts = {len(taken) for of in found["values"].values() for taken in of.values()} or {0}
+        runs = "–".join(str(count) for count in sorted({min(counts), max(counts)}))
         died = ", ".join(f"{who} {count}" for who, count in found["died"].items()) or "none"
         machine = f"{facts['processor']}, {facts['memory']}, {facts['system']}, {facts['qemu']}"
         lines.append(f"| {part} | {facts['taken']} | {machine} | {facts['load']} | {runs} | {died} |")

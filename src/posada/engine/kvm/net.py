@@ -35,7 +35,7 @@ _TRIES = 5
 _PID = "passt.pid"
 _GUEST, _GATEWAY = "10.0.2.15", "10.0.2.2"
 #: Bytes of a guest's largest packet. No wire has it to carry: passt ends TCP on this side and makes segments anew, and UDP
-#: is the kernel's to cut. What a packet costs both ends is paid for 32 KiB at once; docs/BENCH-LAB.md has figures of both.
+#: is the kernel's to cut. What a packet costs both ends is paid for 32 KiB at once (ADR 9).
 #: More would not go to passt in one piece (`posada.vmm.net.stream.ATOMIC`).
 MTU = 32768
 _NETWORK = (
