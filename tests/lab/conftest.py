@@ -63,6 +63,7 @@ def runs(source: Source, request: pytest.FixtureRequest) -> Iterator[Runs | None
         return
     with contextlib.closing(Runs(source, wanted(request.session.items))) as found:
         yield found
+        _summaries.extend(f"lab fault: {fault}" for fault in found.faults)
 
 
 #: What suites in labs came to, for the end of the outer session's output.

@@ -16,6 +16,7 @@ import os
 import platform
 import shlex
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -40,6 +41,8 @@ MEMORY = os.environ.get("POSADA_LAB_MEMORY", "3GiB")
 #: an access to the HPET, and the inner guests' kvm-clock is of the slow kind.
 APPEND = "tsc=reliable"
 READY = "ready"
+#: Seconds between two looks whether a lab still answers, and those that it has for an answer.
+PULSE, PATIENCE = 20, 60
 
 #: Where things are in the lab.
 TREE, PYTHON, HOME, DATA = "/posada", "/python", "/var/lib/posada", "/data"
@@ -91,6 +94,10 @@ class Overran(Exception):
     """A suite took too long; the text is how far it came."""
 
 
+class Hung(Exception):
+    """The lab itself, its kernel, answers no more: nothing that ran in it is to blame, as far as one can see."""
+
+
 class Lab:
     """A running lab. `fork` gives another one just like it."""
 
@@ -118,7 +125,7 @@ class Lab:
     def pytest(self, *arguments: str, timeout: float, env: Mapping[str, str] | None = None) -> Report:
         """Run a suite in the lab. Whether its tests passed is the report's to say.
 
-        Raises Overran when the suite takes longer than ``timeout`` seconds.
+        Raises Overran when the suite takes longer than ``timeout`` seconds, and Hung.
         """
         results = "/run/results.xml"
         argv = [
@@ -127,12 +134,49 @@ class Lab:
         ]  # fmt: skip
         # To a file: a suite that hangs leaves what it has said.
         script = f"exec {shlex.join(argv)} > /run/pytest.log 2>&1"
-        try:
-            result = self.vm.shell(script, cwd=TREE, env={**ENVIRONMENT, **(env or {})}, timeout=timeout)
-        except posada.Timeout as error:
-            raise Overran(f"{error}\n{self._log()}") from None
+        with self._watched() as hung:
+            try:
+                result = self.vm.shell(script, cwd=TREE, env={**ENVIRONMENT, **(env or {})}, timeout=timeout)
+            except posada.PosadaError as error:
+                if hung.is_set():
+                    raise Hung(f"the lab answered nobody for {PATIENCE} s") from error
+                if isinstance(error, posada.Timeout):
+                    raise Overran(f"{error}\n{self._log()}") from None
+                raise
         found = read_junit(self.vm.files.read_bytes(results)) if self.vm.files.exists(results) else []
         return Report(found, exit_code=result.exit_code, output=self._log())
+
+    def answers(self, seconds: float) -> bool:
+        """Whether it runs a command within that time."""
+        done = threading.Event()
+
+        def ask() -> None:
+            with contextlib.suppress(posada.PosadaError):
+                self.vm.exec("true")
+                done.set()
+
+        threading.Thread(target=ask, daemon=True).start()
+        return done.wait(seconds)
+
+    @contextlib.contextmanager
+    def _watched(self) -> Iterator[threading.Event]:
+        """Inside, a lab that does not answer is killed, and the event set: whoever waits for it hears of that."""
+        over, hung = threading.Event(), threading.Event()
+
+        def watch() -> None:
+            while not over.wait(PULSE):
+                if not self.answers(PATIENCE) and not over.is_set():
+                    hung.set()
+                    with contextlib.suppress(posada.PosadaError):
+                        self.vm.kill()
+                    return
+
+        watcher = threading.Thread(target=watch, daemon=True)
+        watcher.start()
+        try:
+            yield hung
+        finally:
+            over.set()
 
     def _log(self) -> str:
         return self.vm.files.read_text("/run/pytest.log", errors="replace")

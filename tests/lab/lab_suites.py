@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
-from lab_kit import Lab
+from lab_kit import Hung, Lab
 from lab_report import Report
 
 import posada
@@ -56,6 +56,8 @@ class Runs:
 
     def __init__(self, source: Lab, suites: Mapping[str, Suite]) -> None:
         self._source = source
+        self.faults: list[str] = []
+        """What went wrong with labs, and not with suites."""
         self._closing = False
         self._labs: set[Lab] = set()
         self._pool = ThreadPoolExecutor(AT_ONCE, thread_name_prefix="lab")
@@ -64,6 +66,14 @@ class Runs:
         }
 
     def _run(self, suite: Suite) -> Report:
+        """Once more if the lab itself hangs, as emulated ones do now and then (ADR 11)."""
+        try:
+            return self._run_once(suite)
+        except Hung as error:
+            self.faults.append(f"{suite.arguments[0]} …: {error}, and it was run again")
+            return self._run_once(suite)
+
+    def _run_once(self, suite: Suite) -> Report:
         with self._source.fork() as lab:
             self._labs.add(lab)
             try:

@@ -17,6 +17,7 @@ import posada
 sys.path.insert(0, str(Path(__file__).parents[1] / "lab"))
 
 import lab_suites
+from lab_kit import Hung
 from lab_report import Report
 from lab_suites import Runs, Suite, runs, wanted
 
@@ -29,7 +30,7 @@ class Labs:
         self.killed = threading.Event()
         self.running = threading.Semaphore(0)
         self.lock = threading.Lock()
-        self.most = self.now = 0
+        self.most = self.now = self.hangs = 0
         self.vm = SimpleNamespace(kill=self.kill)
 
     @contextmanager
@@ -50,6 +51,9 @@ class Labs:
     def pytest(self, *arguments: str, timeout: float, env: Any) -> Report:
         self.running.release()
         assert self.go.wait(10)
+        if self.hangs:
+            self.hangs -= 1
+            raise Hung("it hangs")
         if self.killed.is_set():
             raise posada.GuestGone("the lab is gone")
         if arguments == ("bad",):
@@ -90,6 +94,21 @@ def test_an_early_end_waits_for_no_suite() -> None:
     assert not labs.running.acquire(blocking=False), "another one began"
     with pytest.raises(posada.GuestGone):
         found.result("a")
+
+
+def test_a_suite_whose_lab_hangs_is_run_once_more() -> None:
+    labs = Labs()
+    labs.go.set()
+    labs.hangs = 1
+    found = Runs(labs, suites("a"))  # type: ignore[arg-type]
+    assert found.result("a").output == "a"
+    assert len(found.faults) == 1
+    labs.hangs = 2
+    again = Runs(labs, suites("a"))  # type: ignore[arg-type]
+    with pytest.raises(Hung):
+        again.result("a")
+    for each in (found, again):
+        each.close()
 
 
 def test_what_is_skipped_does_not_begin() -> None:
