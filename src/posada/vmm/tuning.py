@@ -81,7 +81,9 @@ class Tuning:
             try:
                 return [places[layer.file.identity()] for layer in layers_of(blk.disk)[:-1]]
             except KeyError:
-                raise EngineError(f"disk {call.args['name']!r} stands on a file that is not among those named") from None
+                raise EngineError(
+                    f"disk {call.args['name']!r} stands on a file that is not among those named"
+                ) from None
 
         keep = sum(place < call.args["keep"] for place in stands_on())
         if merge(blk.disk, keep) and (kept := stands_on()):
@@ -146,6 +148,10 @@ def find_disk(machine: Machine, name: str) -> Blk:
     """By the name it was given. Raises EngineError."""
     for slot in machine.slots.values():
         device = slot.transport.device
-        if isinstance(device, Blk) and device.serial == name.encode()[:20] and not (isinstance(device, Bay) and device.empty):
+        if (
+            isinstance(device, Blk)
+            and device.serial == name.encode()[:20]
+            and not (isinstance(device, Bay) and device.empty)
+        ):
             return device
     raise EngineError(f"the machine has no disk named {name!r}")

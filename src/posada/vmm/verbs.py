@@ -91,5 +91,3 @@ def _simple(action: Callable[[], object]) -> Handler:
         return {}
 
     return handle
-
-
