@@ -408,3 +408,60 @@ def test_no_frame_is_cut_in_the_socket(stack: ExitStack) -> None:
             found += 1
         if found < len(sizes):
             card.driver.until(lambda: select.select([card.peer], [], [], 0)[0])
+
+
+SYN_ACK = bytes.fromhex(
+    "525400f85ca8525400d659b108004500003000004000400622b80a00020f0a000202"  # Ethernet, IP: 10.0.2.15 to 10.0.2.2
+    "1b58902c5a7a82a3bd3d29ad7012ffb08296000002047fd801030306"  # TCP: port 7000 to 36908
+)
+
+
+def checksum(data: bytes) -> int:
+    total = sum(struct.unpack(f"!{len(data) // 2}H", data))
+    while total >> 16:
+        total = (total & 0xFFFF) + (total >> 16)
+    return total ^ 0xFFFF
+
+
+def test_a_connection_to_the_guest_is_acknowledged(stack: ExitStack) -> None:
+    """By the card: passt may not, and then a guest that is to speak first waits for ever."""
+    card = Card(stack)
+    card.send(SYN_ACK)
+    assert card.peer.recv(4096) == struct.pack("!I", len(SYN_ACK)) + SYN_ACK
+    card.driver.spin()
+    (answer,) = card.received()
+    answer = answer[HEADER.size :]
+    assert answer[:14] == SYN_ACK[6:12] + SYN_ACK[:6] + b"\x08\0"
+    assert checksum(answer[14:34]) == 0
+    assert checksum(answer[26:34] + b"\0\x06\0\x14" + answer[34:]) == 0
+    assert (answer[26:30], answer[30:34]) == (SYN_ACK[30:34], SYN_ACK[26:30])
+    ports_and_numbers = struct.unpack("!HHIIBB", answer[34:48])
+    assert ports_and_numbers == (36908, 7000, 0xBD3D29AD, 0x5A7A82A4, 0x50, 0x10)
+
+
+@pytest.mark.parametrize(
+    "frame",
+    [
+        SYN_ACK[:47] + b"\x10" + SYN_ACK[48:],
+        SYN_ACK[:47] + b"\x02" + SYN_ACK[48:],
+        SYN_ACK[:14] + b"\x46" + SYN_ACK[15:],
+        SYN_ACK[:23] + b"\x11" + SYN_ACK[24:],
+        SYN_ACK[:50],
+    ],
+)
+def test_nothing_else_is(stack: ExitStack, frame: bytes) -> None:
+    card = Card(stack)
+    card.send(frame)
+    card.driver.spin()
+    assert card.received() == []
+
+
+def test_what_nobody_takes_is_not_kept(stack: ExitStack) -> None:
+    card = Card(stack, buffers=0)
+    for _ in range(500):
+        card.send(SYN_ACK)
+        card.driver.collect(TX)
+        card.peer.recv(4096)
+    card.give(100)
+    card.driver.spin()
+    assert 0 < len(card.received()) < 100

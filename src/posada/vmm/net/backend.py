@@ -53,6 +53,8 @@ class Backend(Protocol):
     fd: int
     waiting: bool
     """It has to be called (`flush`) when ``fd`` can be written to."""
+    owing: bool
+    """It has frames of its own for the guest: `receive` gives them, though nothing may have come from ``fd``."""
 
     def settle(self, acked: Feature) -> None:
         """The driver has chosen among `features`."""

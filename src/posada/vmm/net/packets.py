@@ -24,7 +24,7 @@ class Packets:
 
     def __init__(self, fd: int, *, header: bool = False) -> None:
         self.fd = fd
-        self.waiting = False
+        self.waiting = self.owing = False
         self.lost = 0
         self._header = header
         os.set_blocking(fd, False)

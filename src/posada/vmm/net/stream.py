@@ -13,6 +13,7 @@ from struct import Struct
 
 from posada.vmm.net.backend import HEADER, MAX_FRAME, MIN_FRAME, Feature, Gone, Outcome
 from posada.vmm.net.buffers import HEADER_SIZE, RxBuffers
+from posada.vmm.net.handshake import SMALL, acknowledgement
 from posada.vmm.virtio.views import split
 
 _LENGTH = Struct(">I")
@@ -23,6 +24,8 @@ ATOMIC = 36_000
 (unix_stream_sendmsg; measured: 36,544). passt up to 2023 loses its place in the stream when it finds a frame of which the
 rest is still to be sent; so frames that fit are never cut. An MTU beyond this is not for passt.
 """
+_OWN = 64
+"""Frames of our own that may wait for the guest to have buffers; it sends again what is not answered."""
 _MAX_VIEWS = 1024  # IOV_MAX
 _FLAGS = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
 _DATA_VALID = 2
@@ -43,6 +46,8 @@ class Stream:
         self._rest = memoryview(b"")  # of a frame that is half sent
         self._buffer = memoryview(b"")
         self._start = self._end = 0
+        self._own: list[bytes] = []
+        self.owing = False
 
     def settle(self, acked: Feature) -> None:
         pass
@@ -56,6 +61,12 @@ class Stream:
         done = 0
         while done < len(packets) and not self.waiting:
             done += self._send_whole(packets[done:], sizes[done:])
+        for packet, size in zip(packets[:done], sizes, strict=False):
+            if 0 < size <= SMALL and len(self._own) < _OWN:
+                answer = acknowledgement(b"".join(packet)[HEADER_SIZE:])
+                if answer is not None:
+                    self._own.append(answer)
+        self.owing = bool(self._own)
         return done
 
     def _send_whole(self, packets: Sequence[list[memoryview]], sizes: Sequence[int]) -> int:
@@ -100,6 +111,11 @@ class Stream:
     def receive(self, buffers: RxBuffers, packets: int) -> Outcome:
         header = _VALID if buffers.valid else _PLAIN
         unpack = _LENGTH.unpack_from
+        while self._own:
+            if not buffers.put(header, memoryview(self._own[0])):
+                return Outcome.FULL
+            del self._own[0]
+        self.owing = False
         while packets:
             at = self._start + _LENGTH.size
             if at <= self._end:

@@ -218,7 +218,10 @@ class Net(Device):
         """How many the network took; all, where there is none."""
         try:
             if self._backend is not None:
-                return self._backend.send(packets, sizes)
+                taken = self._backend.send(packets, sizes)
+                if self._backend.owing:
+                    self.transport.again(RX)
+                return taken
         except Gone as error:
             self._hang_up(error)
         self._dropped += len(packets) - sizes.count(0)
