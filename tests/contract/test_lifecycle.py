@@ -127,6 +127,8 @@ async def test_a_process_that_is_killed_from_outside(inn: Inn) -> None:
 
 
 async def test_a_command_whose_machine_dies_says_how(inn: Inn) -> None:
+    if inn.engine == "fake":
+        pytest.skip("the commands of a fake guest are processes of this one, and outlive its end for a moment")
     vm = await inn.machine()
     assert vm.running is not None
     guest = await inn.vms.guest("one")
