@@ -26,11 +26,11 @@ e2e:  ## the tests on real guests
 
 lab:  ## the tests in a machine in which /dev/kvm is real
 	@scripts/bootstrap dev
-	$(PY) -m pytest -m lab $(PYTEST_ARGS)
+	POSADA_QEMU="$$($(PY) scripts/lab_qemu.py)" $(PY) -m pytest -m lab $(PYTEST_ARGS)
 
 lab-kvm:  ## a shell in such a machine
 	@scripts/bootstrap dev
-	@$(PY) scripts/lab.py kvm
+	@POSADA_QEMU="$$($(PY) scripts/lab_qemu.py)" $(PY) scripts/lab.py kvm
 
 lint:  ## style, types, layers, file rules, generated files
 	@scripts/bootstrap dev
