@@ -29,7 +29,7 @@ from posada.storage import qcow2
 async def create(house: House, spec: MachineSpec, progress: Progress | None = None) -> VmRecord:
     """Make a vm from a spec; see `posada.host.machines.Machines.create`."""
     validate(spec)
-    engine = choose(spec, foreign=_is_foreign(house, spec))
+    engine = choose(spec)
     check_spec(spec, engine.capabilities())
     check_folders(house, spec)
     uid = str(uuid.uuid4())
@@ -64,12 +64,6 @@ async def create(house: House, spec: MachineSpec, progress: Progress | None = No
         op.succeed(vm=vm.uuid, name=vm.name)
         house.events.emit("vm.created", vm, image=spec.image)
         return vm
-
-
-def _is_foreign(house: House, spec: MachineSpec) -> bool:
-    """Its kernel is the user's, or comes with an initrd of its own. An image that is still to be built is ours."""
-    image = house.images.resolve(spec.image) if spec.image is not None else None
-    return bool(spec.boot.kernel) or (image is not None and not image.agent)
 
 
 async def _image(house: House, spec: MachineSpec, op: Operation) -> ImageRecord | None:
