@@ -12,10 +12,7 @@ from posada.model.capabilities import Feature
 from posada.model.machine import MachineSpec
 
 #: The order of preference of ``engine: auto``. The fake engine is never chosen.
-AUTOMATIC = ("kvm", "qemu", "xen")
-#: The same for kernels that are not of our making: their initrd may have no driver for virtio over mmio, which is all that
-#: the kvm engine's machines have, but surely has those for PCI.
-AUTOMATIC_FOREIGN = ("qemu", "kvm", "xen")
+AUTOMATIC = ("qemu", "kvm", "xen")
 
 _FIRMWARE = {"direct": Feature.DIRECT_BOOT, "bios": Feature.BIOS, "uefi": Feature.UEFI}
 
@@ -56,17 +53,15 @@ def needs(spec: MachineSpec) -> list[Feature]:
     return [feature for feature, wanted in asked.items() if wanted]
 
 
-def choose(spec: MachineSpec, *, foreign: bool = False) -> Engine:
+def choose(spec: MachineSpec) -> Engine:
     """The engine for a spec: the one it names, or the first that was measured to work here and can do what is asked.
 
-    ``foreign``: it boots a kernel and initrd that posada did not put together.
     If none can do all of it, the first that works: what it lacks is said when it is tried. Raises HostError that tells what
     each engine lacks when none works.
     """
     if spec.engine != "auto":
         return load(spec.engine)
-    order = AUTOMATIC_FOREIGN if foreign else AUTOMATIC
-    probes = [probe(name) for name in order if name in registry()]
+    probes = [probe(name) for name in AUTOMATIC if name in registry()]
     working = [load(each.engine) for each in probes if each.ok]
     for engine in working:
         if all(map(engine.capabilities().has, needs(spec))):
