@@ -39,15 +39,6 @@ def refused(call, *args, **named):
 """
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    (tmp_path / "secret").write_text("not yours")
-    folder = tmp_path / "folder"
-    (folder / "sub").mkdir(parents=True)
-    (folder / "hello").write_text("hello, guest")
-    return folder
-
-
 def run(folder: Path, code: str) -> str:
     words = [sys.executable, "-I", "-S", "-c", PRELUDE + code, str(folder), str(folder.parent)]
     done = subprocess.run(words, capture_output=True, text=True, timeout=30, check=True)

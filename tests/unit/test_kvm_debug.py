@@ -6,8 +6,6 @@ import asyncio
 import contextlib
 import os
 import socket
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,18 +13,10 @@ from gdb_client import Client
 from kvm_engine_kit import LOAD, Console, Kit, count, needs_kvm, program
 
 from posada.engine.base import CaptureFailed
-from posada.engine.kvm import probe
 from posada.engine.kvm.engine import KvmEngine
 from posada.model.records import Running
 
 pytestmark = [needs_kvm, pytest.mark.timeout(60)]
-
-
-@pytest.fixture
-def kit(monkeypatch: pytest.MonkeyPatch) -> Iterator[Kit]:
-    monkeypatch.setenv(probe.SLOW, "1")
-    with tempfile.TemporaryDirectory(prefix="pk-") as folder:
-        yield Kit(Path(folder))
 
 
 def look(port: int) -> dict[str, int | str]:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
-import tempfile
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -14,19 +13,12 @@ import pytest
 from kvm_engine_kit import Kit, count, needs_kvm
 
 from posada.engine.common import process
-from posada.engine.kvm import probe, spawn
+from posada.engine.kvm import spawn
 from posada.engine.kvm.engine import KvmEngine
 from posada.model.records import Running
 from posada.vmm.nursery import MAX_FDS
 
 pytestmark = [needs_kvm, pytest.mark.timeout(60)]
-
-
-@pytest.fixture
-def kit(monkeypatch: pytest.MonkeyPatch) -> Iterator[Kit]:
-    monkeypatch.setenv(probe.SLOW, "1")
-    with tempfile.TemporaryDirectory(prefix="pk-") as folder:
-        yield Kit(Path(folder))
 
 
 @asynccontextmanager

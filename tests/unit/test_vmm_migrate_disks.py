@@ -258,7 +258,7 @@ def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyP
         raise OSError(37, "ENOLCK")
 
     machine, _ = toy(disks=(chain(tmp_path, "raw"),))
-    monkeypatch.setattr(locks.fcntl, "fcntl", none)
+    monkeypatch.setattr(locks.fcntl, "lockf", none)
     assert locks.lock(0) is False
     ours, theirs = socket.socketpair()
     machine.start()

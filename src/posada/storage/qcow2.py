@@ -12,7 +12,7 @@ from pathlib import Path
 from posada.errors import HostError, ImageError
 from posada.model.machine import MAX_DISK
 from posada.proto import qcow2 as codec
-from posada.proto.qcow2 import CLUSTER, MAGIC, Qcow2Info
+from posada.proto.qcow2 import CLUSTER, MAGIC, Qcow2Info, empty_length
 
 __all__ = [
     "CLUSTER",
@@ -20,8 +20,8 @@ __all__ = [
     "Qcow2Info",
     "create_empty",
     "create_overlay",
+    "empty_length",
     "inspect",
-    "is_empty_overlay",
     "is_qcow2",
     "parse_header",
 ]
@@ -68,14 +68,6 @@ def is_qcow2(path: Path) -> bool:
     """The file begins with qcow2's magic number. Raises OSError."""
     with open(path, "rb") as file:
         return file.read(4) == MAGIC
-
-
-def is_empty_overlay(path: Path) -> bool:
-    """It is as `create_overlay` made it: nobody ever wrote to it. Raises ImageError, OSError."""
-    if not is_qcow2(path):
-        return False
-    info = inspect(path)
-    return info.backing is not None and path.stat().st_size <= codec.empty_length(info.size)
 
 
 def inspect(path: Path) -> Qcow2Info:

@@ -23,6 +23,7 @@ from posada.vmm.block.disk import Disk
 from posada.vmm.block.qcow2.disk import Qcow2Disk
 from posada.vmm.machine import Machine
 from posada.vmm.state import Document, child, integer
+from posada.vmm.tuning import blks
 from posada.vmm.virtio.blk import Blk
 from posada.vmm.virtio.spare import NoDisk
 
@@ -40,14 +41,14 @@ class Handover:
         """Takes the locks, which are held already but on odd file systems. Raises Unsupported, Busy, OSError."""
         self._machine = machine
         self._released: dict[Blk, Stamp] = {}
-        for blk in _blks(machine):
+        for blk in _disks(machine).values():
             if not blk.disk.readonly and not locks.lock(_top(blk.disk)):
                 hint = "stop it, and start it there"
                 raise Unsupported("kvm", "migration of a machine with a disk on storage without file locks", hint=hint)
 
     def prepare(self) -> None:
         """Make durable what can be while the machine still runs. Raises OSError, ImageError."""
-        for blk in _blks(self._machine):
+        for blk in _disks(self._machine).values():
             blk.quiesce()
             blk.disk.flush()
 
@@ -56,7 +57,7 @@ class Handover:
 
         Returns `fingerprints`. Raises OSError, ImageError: then `take_back`.
         """
-        for blk in _blks(self._machine):
+        for blk in _disks(self._machine).values():
             blk.quiesce()
             writable = not blk.disk.readonly
             blk.freeze()
@@ -87,8 +88,7 @@ class Handover:
 
 def fingerprints(machine: Machine) -> dict[str, int]:
     """A number for each disk, which another file, or an older state of that file, does not have."""
-    return {name: _fingerprint(slot.transport.device.disk) for name, slot in machine.slots.items()
-            if isinstance(slot.transport.device, Blk) and not isinstance(slot.transport.device.disk, NoDisk)}  # fmt: skip
+    return {name: _fingerprint(blk.disk) for name, blk in _disks(machine).items()}
 
 
 def check(machine: Machine, document: Document) -> None:
@@ -112,9 +112,8 @@ def _fingerprint(disk: Disk) -> int:
     return number
 
 
-def _blks(machine: Machine) -> list[Blk]:
-    devices = [slot.transport.device for slot in machine.slots.values()]
-    return [each for each in devices if isinstance(each, Blk) and not isinstance(each.disk, NoDisk)]
+def _disks(machine: Machine) -> dict[str, Blk]:
+    return {name: blk for name, blk in blks(machine).items() if not isinstance(blk.disk, NoDisk)}
 
 
 def _top(disk: Disk) -> int:

@@ -25,7 +25,7 @@ from posada.vmm.machine import Machine
 from posada.vmm.memory import PAGE
 from posada.vmm.pagemap import PageMap
 from posada.vmm.replay import Replay
-from posada.vmm.tuning import find_disk
+from posada.vmm.tuning import blks, find_disk
 from posada.vmm.virtio.blk import Blk
 
 _MAP_NORESERVE = 0x4000
@@ -170,7 +170,7 @@ class Point:
         finally:
             for layer in new.values():
                 layer.discard()
-        return [_Written(blk, put.get(blk)) for blk in self._blks()]
+        return [_Written(blk, put.get(blk)) for blk in blks(self._machine).values()]
 
     def _put_back_pages(self, pages: list[int]) -> None:
         ram, copy, own = self._ram, self._copy, self._own
@@ -185,10 +185,6 @@ class Point:
     def _save_legacy(self) -> tuple[dict[str, Any], ...]:
         machine = self._machine
         return machine.serial.save(), machine.rtc.save(), machine.power.save()
-
-    def _blks(self) -> list[Blk]:
-        devices = [slot.transport.device for slot in self._machine.slots.values()]
-        return [device for device in devices if isinstance(device, Blk)]
 
     def _given(self, layers: Mapping[str, int]) -> list[tuple[Blk, int]]:
         """Raises EngineError for a disk that the machine does not have, or does not write to."""

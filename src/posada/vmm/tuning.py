@@ -144,14 +144,15 @@ class _Answer:
             self._call.fail(error)
 
 
+def blks(machine: Machine) -> dict[str, Blk]:
+    """Its block devices, empty bays too, by their names in the machine."""
+    devices = {name: slot.transport.device for name, slot in machine.slots.items()}
+    return {name: device for name, device in devices.items() if isinstance(device, Blk)}
+
+
 def find_disk(machine: Machine, name: str) -> Blk:
     """By the name it was given. Raises EngineError."""
-    for slot in machine.slots.values():
-        device = slot.transport.device
-        if (
-            isinstance(device, Blk)
-            and device.serial == name.encode()[:20]
-            and not (isinstance(device, Bay) and device.empty)
-        ):
-            return device
+    for blk in blks(machine).values():
+        if blk.serial == name.encode()[:20] and not (isinstance(blk, Bay) and blk.empty):
+            return blk
     raise EngineError(f"the machine has no disk named {name!r}")

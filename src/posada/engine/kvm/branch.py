@@ -64,13 +64,16 @@ class Layers(contextlib.ExitStack):
 def _may_be_written(top: Path) -> Iterator[Path]:
     """The files of which one is what the disk is written to now: the layer below ``top``, and what is below that as long
     as nobody has ever written there: a machine may never have got such a layer (`posada.host.layers`)."""
-    while True:
-        info = qcow2.inspect(top)
-        if info.backing is None:
-            raise EngineError(f"{top} stands on nothing")
+    info = qcow2.inspect(top)
+    if info.backing is None:
+        raise EngineError(f"{top} stands on nothing")
+    while info.backing is not None:
         top = top.parent / info.backing
         yield top
-        if not qcow2.is_empty_overlay(top):
+        if not qcow2.is_qcow2(top):
+            return
+        info = qcow2.inspect(top)
+        if top.stat().st_size > qcow2.empty_length(info.size):
             return
 
 

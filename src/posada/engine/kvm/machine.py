@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import fcntl
-import os
 import signal
-import struct
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,14 +21,13 @@ from posada.engine.kvm.spawn import Newborn, confined, inherit, limits
 from posada.errors import EngineError, EngineGone, Unsupported
 from posada.model.records import PortRecord, Process, Running
 from posada.runtime.ending import KILLED
+from posada.runtime.files import lock_holder
 from posada.vmm.life import PAUSED
 
 NAME = "kvm"
 
 #: What faulthandler(3) begins with.
 _FATAL = b"Fatal Python error: "
-#: struct flock of fcntl(2) on 64-bit Linux: type, whence, start, length, pid.
-_FLOCK = struct.Struct("hhqqi4x")
 
 
 def check(launch: Launch) -> None:
@@ -146,14 +142,8 @@ def holder(runtime: Path) -> Process | None:
     """The monitor that lives in a runtime directory, recorded or not: it holds a lock there. None: there is none."""
     try:
         with open(runtime / "lock", "rb+") as file:
-            asked = fcntl.fcntl(file, fcntl.F_GETLK, _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0))
-    except OSError:
-        return None
-    kind, _, _, _, pid = _FLOCK.unpack(asked)
-    if kind == fcntl.F_UNLCK:
-        return None
-    try:
-        return process.find(pid)
+            pid = lock_holder(file.fileno())
+        return None if pid is None else process.find(pid)
     except OSError:
         return None
 

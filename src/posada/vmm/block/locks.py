@@ -9,13 +9,10 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import os
-import struct
 
 from posada.errors import Busy
+from posada.runtime.files import lock_holder
 
-_FLOCK = struct.Struct("hhqqi4x")
-"""struct flock on 64-bit Linux: type, whence, start, length, pid."""
 _BYTE = 1 << 62
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
@@ -23,7 +20,7 @@ _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 def lock(fd: int) -> bool:
     """Take the lock, if it is not ours already. False: this file system has none. Raises Busy (somebody has it), OSError."""
     try:
-        fcntl.fcntl(fd, fcntl.F_SETLK, _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, _BYTE, 1, 0))
+        fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, _BYTE)
     except OSError as error:
         if error.errno in (errno.EAGAIN, errno.EACCES):
             raise Busy(f"{_who(fd)} writes to the disk", hint="stop it first") from None
@@ -35,10 +32,9 @@ def lock(fd: int) -> bool:
 
 def unlock(fd: int) -> None:
     """Idempotent. Raises OSError."""
-    fcntl.fcntl(fd, fcntl.F_SETLK, _FLOCK.pack(fcntl.F_UNLCK, os.SEEK_SET, _BYTE, 1, 0))
+    fcntl.lockf(fd, fcntl.LOCK_UN, 1, _BYTE)
 
 
 def _who(fd: int) -> str:
-    found = fcntl.fcntl(fd, fcntl.F_GETLK, _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, _BYTE, 1, 0))
-    kind, _, _, _, pid = _FLOCK.unpack(found)
-    return f"process {pid}" if kind != fcntl.F_UNLCK and pid > 0 else "another host or process"
+    pid = lock_holder(fd, _BYTE, 1)
+    return f"process {pid}" if pid is not None and pid > 0 else "another host or process"
